@@ -1,0 +1,470 @@
+"""What a balancing method is. Read this file first.
+
+A method's type says what it *reads*, and so what an engine has to compute for it:
+
+===========================  ====================  ===================================
+base class                   reads                 the method writes
+===========================  ====================  ===================================
+:class:`LossAggregator`      the K losses          ``_weights(losses)``
+:class:`GramianAggregator`   ``G = J J^T``         ``_weights(gramian)``
+:class:`GramianLossAggregator`  both               ``_weights(gramian, losses)``
+:class:`JacobianAggregator`  all of ``J``          ``_direction(jacobian)``
+===========================  ====================  ===================================
+
+Two worlds meet here and nowhere else. K-sized things (losses, Gramian, weights) are float64 NumPy arrays on the CPU,
+where small problems are solved exactly; N-sized things (gradients, directions) are torch tensors in their own dtype on
+their own device. The public methods check their input once, in the user's words, and convert; what a method writes
+(the underscored methods) may trust its input.
+
+Shapes: K = objectives, N = numbers in one gradient.
+"""
+
+import dataclasses
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from mogb.errors import NonFiniteError
+from mogb.jacobian import Jacobian, all_finite
+
+Reads = Literal["losses", "gramian", "gramian+losses", "jacobian"]
+StateValue = Tensor | float | int | bool | str
+
+_REGISTRY: dict[str, type["Aggregator"]] = {}
+
+
+class Promise(Enum):
+    """What theory guarantees of a method *and* this implementation keeps. The contract tests check every one."""
+
+    NON_CONFLICTING = "non-conflicting"  # d . g_k >= 0 for every objective k
+    SIMPLEX_WEIGHTS = "simplex weights"  # weights >= 0 that sum to 1
+    PERMUTATION_EQUIVARIANT = "permutation equivariant"  # reordering the objectives reorders the weights
+    SCALE_FREE = "scale-free"  # rescaling one objective leaves d / |d| where it was
+    HOMOGENEOUS = "homogeneous"  # d(s J) = s d(J) for s > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """Where a method was published.
+
+    Attributes:
+        authors: As in a bibliography, "A. Author, B. Author and C. Author".
+        title: Of the paper.
+        venue: Conference or journal; None for a preprint.
+        year: Of publication.
+        arxiv: Identifier such as ``"1810.04650"``, if there is one.
+        url: Another address, if there is no arXiv identifier.
+        code: The official code, ``owner/repository``, if there is any.
+    """
+
+    authors: str
+    title: str
+    year: int
+    venue: str | None = None
+    arxiv: str | None = None
+    url: str | None = None
+    code: str | None = None
+
+    def bibtex(self, key: str) -> str:
+        """The reference as one BibTeX entry."""
+        authors = self.authors.replace(", ", " and ")
+        lines = [f"author = {{{authors}}}", f"title = {{{{{self.title}}}}}", f"year = {{{self.year}}}"]
+        if self.venue is not None:
+            lines.append(f"booktitle = {{{self.venue}}}")
+        if self.arxiv is not None:
+            lines += [f"eprint = {{{self.arxiv}}}", "archivePrefix = {arXiv}"]
+        if self.url is not None:
+            lines.append(f"url = {{{self.url}}}")
+        kind = "misc" if self.venue is None else "inproceedings"
+        return f"@{kind}{{{key},\n  " + ",\n  ".join(lines) + "\n}"
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """What a weight-yielding method answers.
+
+    Attributes:
+        weights: On the raw gradients, ``[K]``.
+        residual: How far the small problem's optimality conditions are from holding, relative; 0 for closed forms.
+        converged: False when a solver gave up; the weights are then its best point.
+        left_out: Objectives that took no part, such as zero gradients.
+        note: What a reader of the report should know, such as "Pareto stationary"; empty for an ordinary answer.
+        details: Named numbers of the method (the simplex weights behind rescaled ones, say), for the curious.
+    """
+
+    weights: Float64[np.ndarray, " K"]
+    residual: float = 0.0
+    converged: bool = True
+    left_out: tuple[int, ...] = ()
+    note: str = ""
+    details: Mapping[str, Float64[np.ndarray, "..."]] = field(default_factory=dict)
+
+
+def state(default: Any = None, *, kind: Literal["array", "tensor", "number", "generator"] = "array") -> Any:
+    """Declares a dataclass field that is state: not an option, reset by ``reset()``, saved by ``state_dict()``.
+
+    ``kind`` says what the field holds when it is not None: a float64 NumPy array, a torch tensor, a plain number or a
+    ``torch.Generator``. Generators are made in ``_start()``.
+    """
+    return field(default=default, init=False, repr=False, compare=False, metadata={"state": kind})
+
+
+class Aggregator(ABC):
+    """Combines K gradients into one direction, which the optimizer subtracts.
+
+    Attributes:
+        name: As in the registry.
+        reads: What the engine has to compute.
+        reference: Where it was published.
+        promises: What it guarantees.
+    """
+
+    name: ClassVar[str] = ""
+    reference: ClassVar[Reference]
+    promises: ClassVar[frozenset[Promise]] = frozenset()
+
+    def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
+        """Registers the class under ``name``, if one is given."""
+        super().__init_subclass__(**kwargs)
+        if name is not None:
+            cls.name = name
+            _REGISTRY[name] = cls
+
+    def __post_init__(self) -> None:
+        self._check()
+        self._start()
+
+    @property
+    @abstractmethod
+    def reads(self) -> Reads: ...
+
+    @property
+    def yields_weights(self) -> bool:
+        """Whether the direction is a weighted sum of the gradients whose weights are known."""
+        return self.reads != "jacobian"
+
+    def solve(
+        self, gramian: Float[Tensor, "K K"] | None = None, losses: Float[Tensor, " K"] | None = None
+    ) -> Solution:
+        """The weights with their certificate.
+
+        Args:
+            gramian: Inner products of the K gradients. Methods that read only losses do not look at it.
+            losses: The K loss values, for the methods that read them.
+
+        Raises:
+            TypeError: This method yields no weights, or an input is missing or no floating-point tensor.
+            ValueError: A wrong shape.
+            NonFiniteError: NaN or Inf in an input.
+        """
+        if not self.yields_weights:
+            raise TypeError(f"{self.name!r} reads the whole Jacobian and yields no weights: call it on a Jacobian.")
+        return self._checked(*_as_arrays(self, gramian, losses))
+
+    def weights(
+        self, gramian: Float[Tensor, "K K"] | None = None, losses: Float[Tensor, " K"] | None = None
+    ) -> Float[Tensor, " K"]:
+        """The weights on the raw gradients, in the dtype and on the device of the input. See :meth:`solve`."""
+        solution = self.solve(gramian, losses)
+        like = gramian if gramian is not None else losses
+        assert like is not None
+        return torch.from_numpy(solution.weights).to(like.device, like.dtype)
+
+    def __call__(self, jacobian: Float[Tensor, "K N"], losses: Float[Tensor, " K"] | None = None) -> Float[Tensor, " N"]:
+        """The combined direction.
+
+        Raises:
+            TypeError: The Jacobian is no floating-point tensor, or losses are missing.
+            ValueError: A wrong shape.
+            NonFiniteError: NaN or Inf in a gradient or a loss; it names the objective.
+        """
+        _check_jacobian(jacobian)
+        direction, _, _ = self.direct(Jacobian((jacobian.detach(),)), _loss_array(self, losses, len(jacobian)))
+        return direction[0]
+
+    def direct(
+        self, jacobian: Jacobian, losses: Float64[np.ndarray, " K"] | None
+    ) -> tuple[tuple[Tensor, ...], Float64[np.ndarray, "K K"] | None, Solution | None]:
+        """For engines: the direction block by block, the Gramian and the solution where they were formed."""
+        gramian = None
+        if self.reads != "losses":
+            gramian = self._gramian(jacobian)
+        solution = self._checked(gramian, losses if losses is not None else np.ones(len(jacobian)))
+        direction = jacobian.combine(solution.weights)
+        if not all_finite(direction):
+            raise NonFiniteError("direction" if (i := jacobian.first_non_finite()) is None else "gradient", i)
+        return direction, gramian, solution
+
+    def reset(self) -> None:
+        """Forgets every past step: the state is that of a fresh instance, generators included."""
+        for item in _state_fields(self):
+            object.__setattr__(self, item.name, item.default)
+        self._start()
+
+    def state_dict(self) -> dict[str, StateValue]:
+        """The state as tensors and plain numbers; empty for a stateless method."""
+        saved: dict[str, StateValue] = {}
+        for item in _state_fields(self):
+            value = getattr(self, item.name)
+            if value is not None:
+                saved[item.name.lstrip("_")] = _pack(value)
+        return saved
+
+    def load_state_dict(self, state: Mapping[str, StateValue]) -> None:
+        """Takes over a state that :meth:`state_dict` gave, also into a fresh instance.
+
+        Raises:
+            ValueError: A key that this method does not know.
+        """
+        known = {item.name.lstrip("_"): item for item in _state_fields(self)}
+        if unknown := sorted(set(state) - set(known)):
+            raise ValueError(
+                f"{self.name!r} has no state named {', '.join(unknown)}. Its state: {', '.join(known) or 'none'}. "
+                "Load a state that was saved by the same method."
+            )
+        self.reset()
+        for key, value in state.items():
+            item = known[key]
+            object.__setattr__(self, item.name, _unpack(item.metadata["state"], value, getattr(self, item.name)))
+
+    def _check(self) -> None:
+        """Checks the options once, when the method is made; raises ValueError or TypeError."""
+
+    def _start(self) -> None:
+        """Makes generators, after construction and on reset."""
+
+    def _gramian(self, jacobian: Jacobian) -> Float64[np.ndarray, "K K"]:
+        gramian = jacobian.gramian()
+        if not np.isfinite(gramian).all():
+            index = jacobian.first_non_finite()
+            raise NonFiniteError("direction" if index is None else "gradient", index)
+        return gramian
+
+    def _checked(
+        self, gramian: Float64[np.ndarray, "K K"] | None, losses: Float64[np.ndarray, " K"] | None
+    ) -> Solution:
+        solution = self._solve(gramian, losses)
+        if not np.isfinite(solution.weights).all():
+            raise NonFiniteError("direction", None)
+        return solution
+
+    def _solve(
+        self, gramian: Float64[np.ndarray, "K K"] | None, losses: Float64[np.ndarray, " K"] | None
+    ) -> Solution:
+        """What wrappers call on the method that they wear."""
+        raise TypeError(f"{self.name!r} yields no weights.")
+
+
+class LossAggregator(Aggregator):
+    """A method that needs only the losses: one backward pass, of ``weights @ losses``."""
+
+    needs_values: ClassVar[bool] = True  # False: only their number counts, so that a Jacobian alone will do
+
+    @property
+    def reads(self) -> Reads:
+        return "losses"
+
+    @abstractmethod
+    def _weights(self, losses: Float64[np.ndarray, " K"]) -> Solution: ...
+
+    def _solve(
+        self, gramian: Float64[np.ndarray, "K K"] | None, losses: Float64[np.ndarray, " K"] | None
+    ) -> Solution:
+        assert losses is not None
+        return self._weights(losses)
+
+
+class GramianAggregator(Aggregator):
+    """A method whose weights depend on the inner products of the gradients alone."""
+
+    @property
+    def reads(self) -> Reads:
+        return "gramian"
+
+    @abstractmethod
+    def _weights(self, gramian: Float64[np.ndarray, "K K"]) -> Solution: ...
+
+    def _solve(
+        self, gramian: Float64[np.ndarray, "K K"] | None, losses: Float64[np.ndarray, " K"] | None
+    ) -> Solution:
+        assert gramian is not None
+        return self._weights(gramian)
+
+
+class GramianLossAggregator(Aggregator):
+    """A method whose weights depend on the inner products of the gradients and on the loss values."""
+
+    @property
+    def reads(self) -> Reads:
+        return "gramian+losses"
+
+    @abstractmethod
+    def _weights(self, gramian: Float64[np.ndarray, "K K"], losses: Float64[np.ndarray, " K"]) -> Solution: ...
+
+    def _solve(
+        self, gramian: Float64[np.ndarray, "K K"] | None, losses: Float64[np.ndarray, " K"] | None
+    ) -> Solution:
+        assert gramian is not None and losses is not None
+        return self._weights(gramian, losses)
+
+
+class JacobianAggregator(Aggregator):
+    """A method that looks at single coordinates of the gradients: K backward passes, all rows kept."""
+
+    needs_losses: ClassVar[bool] = False
+
+    @property
+    def reads(self) -> Reads:
+        return "jacobian"
+
+    @abstractmethod
+    def _direction(
+        self, jacobian: Jacobian, losses: Float64[np.ndarray, " K"] | None
+    ) -> tuple[Tensor, ...]: ...
+
+    def direct(
+        self, jacobian: Jacobian, losses: Float64[np.ndarray, " K"] | None
+    ) -> tuple[tuple[Tensor, ...], Float64[np.ndarray, "K K"] | None, Solution | None]:
+        """For engines: the direction block by block; there is no Gramian and no solution."""
+        direction = self._direction(jacobian, losses)
+        if not all_finite(direction):
+            raise NonFiniteError("direction" if (i := jacobian.first_non_finite()) is None else "gradient", i)
+        return direction, None, None
+
+
+class Wrapper(Aggregator):
+    """An aggregator that changes what another one sees or returns. It reads what the other one reads."""
+
+    inner: Aggregator
+
+    @property
+    def reads(self) -> Reads:
+        return self.inner.reads
+
+    @property
+    def reference(self) -> Reference:  # type: ignore[override]
+        """The reference of the method inside."""
+        return self.inner.reference
+
+    def reset(self) -> None:
+        """Forgets every past step, also of the method inside."""
+        super().reset()
+        self.inner.reset()
+
+    def state_dict(self) -> dict[str, StateValue]:
+        """The state of the wrapper, and that of the method inside under ``inner.``."""
+        inner = {f"inner.{key}": value for key, value in self.inner.state_dict().items()}
+        return super().state_dict() | inner
+
+    def load_state_dict(self, state: Mapping[str, StateValue]) -> None:
+        """Takes over the states of the wrapper and of the method inside."""
+        prefix = "inner."
+        inner = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        super().load_state_dict({key: value for key, value in state.items() if not key.startswith(prefix)})
+        self.inner.load_state_dict(inner)
+
+    def _check(self) -> None:
+        if not isinstance(self.inner, Aggregator):
+            raise TypeError(f"inner must be an aggregator, such as mogb.make('mgda'), but got {self.inner!r}.")
+        if not self.inner.yields_weights:
+            raise ValueError(
+                f"A wrapper needs a method that yields weights, but inner={self.inner.name!r} reads the whole Jacobian."
+            )
+
+
+def option_names(cls: type[Aggregator]) -> tuple[str, ...]:
+    """The options of a method, in the order of its class."""
+    return tuple(name for name in inspect.signature(cls.__init__).parameters if name != "self")
+
+
+def _state_fields(aggregator: Aggregator) -> list["dataclasses.Field[Any]"]:
+    return [item for item in dataclasses.fields(aggregator) if "state" in item.metadata]  # type: ignore[arg-type]
+
+
+def _pack(value: Any) -> StateValue:
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value.copy())
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    return value
+
+
+def _unpack(kind: str, value: StateValue, current: Any) -> Any:
+    if kind == "generator":
+        current.set_state(value)
+        return current
+    if kind == "array":
+        return torch.as_tensor(value).detach().cpu().double().numpy().copy()
+    if kind == "tensor":
+        return torch.as_tensor(value).detach().clone()
+    return value
+
+
+def _check_jacobian(jacobian: Tensor) -> None:
+    if not isinstance(jacobian, Tensor) or not jacobian.is_floating_point():
+        found = jacobian.dtype if isinstance(jacobian, Tensor) else type(jacobian).__name__
+        raise TypeError(f"jacobian must be a floating-point tensor [K, N], one gradient a row, but got {found}.")
+    if jacobian.ndim != 2 or len(jacobian) == 0:
+        raise ValueError(
+            f"jacobian must have the shape [K, N] with K >= 1, one gradient a row, but got {list(jacobian.shape)}."
+        )
+
+
+def _as_arrays(
+    aggregator: Aggregator, gramian: Tensor | None, losses: Tensor | None
+) -> tuple[Float64[np.ndarray, "K K"] | None, Float64[np.ndarray, " K"] | None]:
+    matrix = None
+    if gramian is not None:
+        if not isinstance(gramian, Tensor) or not gramian.is_floating_point():
+            found = gramian.dtype if isinstance(gramian, Tensor) else type(gramian).__name__
+            raise TypeError(f"gramian must be a floating-point tensor [K, K], but got {found}.")
+        if gramian.ndim != 2 or gramian.shape[0] != gramian.shape[1] or len(gramian) == 0:
+            raise ValueError(f"gramian must have the shape [K, K] with K >= 1, but got {list(gramian.shape)}.")
+        matrix = gramian.detach().to("cpu", torch.float64).numpy()
+        if not np.isfinite(matrix).all():
+            raise NonFiniteError("gradient", int(np.argmin(np.isfinite(matrix.diagonal()))))
+    elif aggregator.reads != "losses":
+        raise TypeError(f"{aggregator.name!r} reads the Gramian: pass gramian=[K, K].")
+    return matrix, _loss_array(aggregator, losses, None if matrix is None else len(matrix))
+
+
+def _loss_array(
+    aggregator: Aggregator, losses: Tensor | Sequence[float] | None, size: int | None
+) -> Float64[np.ndarray, " K"] | None:
+    reads_losses = needs_losses(aggregator)
+    if losses is None:
+        if reads_losses:
+            raise TypeError(f"{aggregator.name!r} reads the loss values: pass losses=[K].")
+        if size is None:
+            raise TypeError(f"{aggregator.name!r} needs losses=[K], or a Gramian, to know how many objectives there are.")
+        return np.ones(size)
+    values = torch.as_tensor(losses).detach()
+    if values.is_complex() or values.ndim != 1 or len(values) == 0:
+        raise ValueError(f"losses must be real numbers of the shape [K], but got {list(values.shape)}, {values.dtype}.")
+    if size is not None and len(values) != size:
+        raise ValueError(f"losses must have one value per objective, {size}, but got {len(values)}.")
+    array = values.to("cpu", torch.float64).numpy()
+    if not np.isfinite(array).all():
+        raise NonFiniteError("loss", int(np.argmin(np.isfinite(array))))
+    return array
+
+
+def needs_losses(aggregator: Aggregator) -> bool:
+    """Whether the values of the losses matter, beyond their number."""
+    if isinstance(aggregator, Wrapper):
+        return needs_losses(aggregator.inner)
+    if isinstance(aggregator, LossAggregator):
+        return aggregator.needs_values
+    return isinstance(aggregator, GramianLossAggregator) or (
+        isinstance(aggregator, JacobianAggregator) and aggregator.needs_losses
+    )

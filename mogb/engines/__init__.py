@@ -1,0 +1,1 @@
+"""Autograd: from K losses on a graph to one direction in ``param.grad``."""

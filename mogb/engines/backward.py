@@ -1,0 +1,226 @@
+r"""One call in place of ``loss.backward()``: K losses in, one direction in every ``param.grad`` out.
+
+.. math::  J_k = \nabla_\theta L_k, \qquad \texttt{param.grad} \mathrel{+}= d(J)
+
+Everything is computed before the first ``.grad`` is touched: a step that fails leaves them as they were.
+
+Shapes: K = objectives.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from mogb.base import Aggregator, JacobianAggregator, Solution, needs_losses
+from mogb.engines.graph import reached_leaves
+from mogb.engines.losses import Losses, as_losses, as_parameters
+from mogb.engines.report import Report, make_report
+from mogb.errors import NonFiniteError
+from mogb.jacobian import Jacobian, all_finite
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Which parameters are balanced, and which belong to one objective alone.
+
+    Attributes:
+        shared: Get the balanced direction.
+        own: For every objective, the parameters that only it reaches: they get its plain gradient.
+    """
+
+    shared: tuple[Tensor, ...]
+    own: tuple[tuple[Tensor, ...], ...]
+
+
+def backward(
+    losses: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
+    params: nn.Module | Iterable[Tensor] | None,
+    aggregator: Aggregator,
+    *,
+    retain_graph: bool = False,
+) -> Report:
+    """Differentiates K losses, combines the gradients, and adds the direction to every ``param.grad``.
+
+    Methods that read only losses cost one backward pass, the others K. Clipping, the optimizer and its schedule come
+    after, unchanged.
+
+    Args:
+        losses: A tensor ``[K]``, a sequence of scalars, or a mapping from names to scalars (names then appear in the
+            report). They may share one graph or not.
+        params: The parameters to balance (a module stands for its parameters; frozen ones are skipped). None: those
+            that two or more losses reach are balanced, and the others, such as the heads of a multi-task model, get
+            the plain gradient of the one loss that reaches them.
+        aggregator: A method, from :func:`mogb.make`.
+        retain_graph: Keep the graph for another backward pass.
+
+    Raises:
+        TypeError: Inputs of the wrong kind, or complex or sparse gradients.
+        ValueError: Losses without a graph or that reach none of the parameters, or parameters that need no gradient.
+        NonFiniteError: NaN or Inf in a loss or a gradient; it names the objective. Every ``.grad`` is untouched.
+        RuntimeError: The graph was already freed.
+
+    Examples:
+        >>> import mogb
+        >>> weight = torch.tensor([1.0, 1.0], requires_grad=True)
+        >>> losses = torch.stack([(weight - 2).square().sum(), weight.square().sum()])
+        >>> report = mogb.backward(losses, [weight], mogb.make("mgda"))
+        >>> weight.grad
+        tensor([0., 0.])
+    """
+    if not isinstance(aggregator, Aggregator):
+        raise TypeError(f"aggregator must be a method, such as mogb.make('mgda'), but got {aggregator!r}.")
+    found = as_losses(losses)
+    plan = make_plan(found, params)
+    values = found.values()
+    if aggregator.reads == "losses":
+        solution = aggregator._checked(None, values if needs_losses(aggregator) else np.ones(len(found)))
+        passes = weighted_backward(found, plan, solution, retain_graph=retain_graph)
+        return make_report(values, found.names, solution, None, passes)
+    return _balanced_backward(found, plan, aggregator, values, retain_graph)
+
+
+def make_plan(losses: Losses, params: nn.Module | Iterable[Tensor] | None) -> Plan:
+    """Tells shared parameters from those of one objective.
+
+    Raises:
+        ValueError: A loss that reaches none of the parameters.
+    """
+    leaves, reached = reached_leaves(losses.roots)
+    if params is not None:
+        shared = as_parameters(params)
+        wanted = {id(param) for param in shared}
+        for index, mine in enumerate(reached):
+            if not mine & wanted:
+                raise ValueError(
+                    f"{losses.describe(index)} does not depend on any of the {len(shared)} parameters in params: leave "
+                    "it out, or pass the parameters that it depends on."
+                )
+        return Plan(shared, ((),) * len(losses))
+    counts = {id(leaf): sum(id(leaf) in mine for mine in reached) for leaf in leaves}
+    for leaf in leaves:
+        if leaf.is_complex():
+            raise TypeError(f"A parameter of shape {list(leaf.shape)} is complex, which balancing does not define.")
+    own = tuple(tuple(leaf for leaf in leaves if counts[id(leaf)] == 1 and id(leaf) in mine) for mine in reached)
+    return Plan(tuple(leaf for leaf in leaves if counts[id(leaf)] >= 2), own)
+
+
+def weighted_backward(losses: Losses, plan: Plan, solution: Solution, *, retain_graph: bool) -> int:
+    """Adds the gradient of ``weights @ losses`` to the shared parameters, in one backward pass.
+
+    The parameters of one objective alone get its plain gradient, which is the weighted one over its weight; only an
+    objective of weight zero that has such parameters costs a pass of its own. Returns the number of passes.
+    """
+    weights = solution.weights
+    muted = [k for k, mine in enumerate(plan.own) if mine and abs(weights[k]) < 1e-30]
+    targets = plan.shared + tuple(param for k, mine in enumerate(plan.own) if k not in muted for param in mine)
+    total = sum(
+        (loss * float(weight) for loss, weight in zip(losses.scalars, weights, strict=True)),
+        losses.scalars[0].new_zeros(()),
+    )
+    updates: list[tuple[Tensor, Tensor]] = []
+    if targets:
+        grads = _differentiate(total, torch.ones_like(total), targets, retain_graph or bool(muted))
+        updates += [(p, g) for p, g in zip(plan.shared, grads, strict=False) if g is not None]
+        rest = iter(grads[len(plan.shared) :])
+        for k, mine in enumerate(plan.own):
+            if k not in muted:
+                updates += [(p, g / float(weights[k])) for p, g in zip(mine, rest, strict=False) if g is not None]
+    for position, k in enumerate(muted):
+        keep = retain_graph or position < len(muted) - 1
+        grads = _gradient(losses, k, plan.own[k], keep)
+        updates += [(p, g) for p, g in zip(plan.own[k], grads, strict=True) if g is not None]
+    if not all_finite([grad for _, grad in updates]):
+        raise NonFiniteError("gradient", _guilty(losses, plan), None)
+    _add(updates)
+    return bool(targets) + len(muted)
+
+
+def _balanced_backward(
+    losses: Losses, plan: Plan, aggregator: Aggregator, values: Float64[np.ndarray, " K"], retain_graph: bool
+) -> Report:
+    jacobian, own = _rows(losses, plan, retain_graph)
+    if not all_finite([grad for _, grad in own]):
+        raise NonFiniteError("gradient", _first_bad(own, plan), None)
+    if not plan.shared:
+        _add(own)
+        solution = Solution(np.ones(len(losses)), note="no parameter is shared: every gradient is plain")
+        return make_report(values, losses.names, solution, None, len(losses))
+    try:
+        direction, gramian, solution_or_none = aggregator.direct(
+            jacobian, values if needs_losses(aggregator) else np.ones(len(losses))
+        )
+    except NonFiniteError as error:
+        raise NonFiniteError(error.what, error.index, losses.label(error.index or 0)) from None
+    _add(own + list(zip(plan.shared, direction, strict=True)))
+    return make_report(
+        values,
+        losses.names,
+        solution_or_none,
+        gramian,
+        len(losses),
+        jacobian=jacobian,
+        direction=direction if isinstance(aggregator, JacobianAggregator) else None,
+    )
+
+
+def _rows(losses: Losses, plan: Plan, retain_graph: bool) -> tuple[Jacobian, list[tuple[Tensor, Tensor]]]:
+    """K backward passes: the rows of the shared parameters, and the plain gradients of the others."""
+    size = len(losses)
+    blocks = [param.new_zeros((size, *param.shape)) for param in plan.shared]
+    own: list[tuple[Tensor, Tensor]] = []
+    for k in range(size):
+        mine = plan.own[k]
+        grads = _gradient(losses, k, plan.shared + mine, retain_graph or k < size - 1)
+        for block, grad in zip(blocks, grads, strict=False):
+            if grad is not None:
+                block[k] = grad
+        own += [(p, g) for p, g in zip(mine, grads[len(plan.shared) :], strict=True) if g is not None]
+    return Jacobian(tuple(blocks)), own
+
+
+def _gradient(losses: Losses, index: int, targets: Sequence[Tensor], retain_graph: bool) -> tuple[Tensor | None, ...]:
+    return _differentiate(losses.roots[index], losses.seeds[index], targets, retain_graph)
+
+
+def _differentiate(
+    root: Tensor | GradientEdge, seed: Tensor, targets: Sequence[Tensor], retain_graph: bool
+) -> tuple[Tensor | None, ...]:
+    grads = torch.autograd.grad(root, targets, seed, retain_graph=retain_graph, allow_unused=True)
+    for target, grad in zip(targets, grads, strict=True):
+        if grad is not None and grad.layout != torch.strided:
+            raise TypeError(
+                f"The gradient of a parameter of shape {list(target.shape)} is sparse ({grad.layout}), which balancing "
+                "does not support: use Embedding(..., sparse=False)."
+            )
+    return grads
+
+
+def _add(updates: Iterable[tuple[Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for param, grad in updates:
+            if param.grad is None:
+                param.grad = grad.detach().to(param.dtype).reshape(param.shape).clone(memory_format=torch.preserve_format)
+            else:
+                param.grad.add_(grad.reshape(param.shape))
+
+
+def _guilty(losses: Losses, plan: Plan) -> int | None:
+    """Which loss alone has a non-finite gradient; asked only after a combined gradient turned out to be bad."""
+    for k in range(len(losses)):
+        try:
+            grads = _gradient(losses, k, plan.shared + plan.own[k], retain_graph=True)
+        except RuntimeError:  # the graph is gone: the culprit can't be told any more
+            return None
+        if not all_finite([grad for grad in grads if grad is not None]):
+            return k
+    return None
+
+
+def _first_bad(own: Sequence[tuple[Tensor, Tensor]], plan: Plan) -> int | None:
+    bad = {id(param) for param, grad in own if not all_finite([grad])}
+    return next((k for k, mine in enumerate(plan.own) if any(id(param) in bad for param in mine)), None)

@@ -1,0 +1,144 @@
+r"""K gradients kept as they come out of autograd: one block per parameter, never concatenated.
+
+Every operation on N numbers that mogb needs is here: the Gramian, a weighted sum of rows, a finite check.
+
+.. math::  G = J J^\top = \sum_{\text{blocks}} B B^\top, \qquad d = J^\top w .
+
+Shapes: K = objectives, N = all numbers in one gradient; a block is ``[K, ...]``.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+# Columns that are multiplied at once: a slice of this many stays in the cache.
+CHUNK = 1 << 16
+CHUNK_CUDA = 1 << 22
+# Below this many numbers, float32 rows are multiplied in float64: it costs microseconds.
+SMALL = 1 << 17
+# Up to this many rows, single inner products beat a matrix product.
+FEW_ROWS = 8
+# Squared norms outside of this range may have lost digits to underflow or overflow in float32.
+SAFE_SQUARES = (1e-25, 1e30)
+# Unit-diagonal Gramians with a smaller eigenvalue than this are formed again in float64.
+SAFE_EIGENVALUE = 1e-5
+
+
+@dataclass(frozen=True, eq=False)
+class Jacobian:
+    """The gradients of K losses, as blocks ``[K, *shape]``, one per parameter.
+
+    Attributes:
+        blocks: At least one tensor; all with the same first dimension K.
+    """
+
+    blocks: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, blocks: Tensor | Iterable[Tensor]) -> "Jacobian":
+        """A Jacobian from one tensor ``[K, N]`` or from one tensor ``[K, *shape]`` per parameter."""
+        return cls((blocks,) if isinstance(blocks, Tensor) else tuple(blocks))
+
+    def __len__(self) -> int:
+        return self.blocks[0].shape[0]
+
+    def __add__(self, other: "Jacobian") -> "Jacobian":
+        """Rows add over micro-batches: the gradient of a sum is the sum of the gradients."""
+        return Jacobian(tuple(a + b for a, b in zip(self.blocks, other.blocks, strict=True)))
+
+    def gramian(self) -> Float64[np.ndarray, "K K"]:
+        """The inner products of the rows, in float64.
+
+        Float32 rows are multiplied in float32, slice by slice, and the slices are added in float64. Rows that are few
+        and short, nearly dependent (where rounding would be amplified), or so long or short that their squares leave
+        the range of float32 are multiplied in float64 instead.
+        """
+        wide = sum(block.numel() for block in self.blocks) <= SMALL
+        gramian = self._accumulate(wide)
+        if not wide and self.blocks[0].dtype != torch.float64 and _is_delicate(gramian):
+            gramian = self._accumulate(wide=True)
+        return gramian
+
+    def combine(self, weights: Float64[np.ndarray, " K"]) -> tuple[Tensor, ...]:
+        """The weighted sum of the rows, one tensor ``[*shape]`` per block."""
+        return tuple(_weighted_sum(block, weights) for block in self.blocks)
+
+    def products(self, direction: Sequence[Tensor]) -> Float64[np.ndarray, " K"]:
+        """The inner product of every row with a direction given block by block."""
+        total = torch.zeros(len(self), dtype=torch.float64)
+        for block, part in zip(self.blocks, direction, strict=True):
+            total += (_rows(block) @ part.reshape(-1).to(block.dtype)).to("cpu", torch.float64)
+        return total.numpy()
+
+    def map(self, combine: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        """Applies a coordinate-wise rule ``[K, n] -> [n]`` to every block."""
+        return tuple(combine(_rows(block)).reshape(block.shape[1:]) for block in self.blocks)
+
+    def first_non_finite(self) -> int | None:
+        """The first row that holds NaN or Inf. Reads everything: call it only once something looked wrong."""
+        for row in range(len(self)):
+            if not all(bool(torch.isfinite(block[row]).all()) for block in self.blocks):
+                return row
+        return None
+
+    def _accumulate(self, wide: bool) -> Float64[np.ndarray, "K K"]:
+        return sum((_block_gramian(_rows(block), wide) for block in self.blocks), np.zeros((len(self), len(self))))
+
+
+def all_finite(direction: Sequence[Tensor]) -> bool:
+    """Whether a direction is finite. One pass, and a second one only where a sum overflowed."""
+    return all(bool(torch.isfinite(part.sum())) or bool(torch.isfinite(part).all()) for part in direction)
+
+
+def _rows(block: Tensor) -> Tensor:
+    return block if block.ndim == 2 else block.reshape(block.shape[0], -1)
+
+
+def _slices(rows: Tensor, width: int) -> tuple[Tensor, ...]:
+    return rows.split(width, dim=1) if rows.shape[1] > width else (rows,)
+
+
+def _block_gramian(rows: Tensor, wide: bool) -> Float64[np.ndarray, "K K"]:
+    rows = rows.detach()
+    if not rows.is_cpu:
+        parts = [part.double() for part in _slices(rows, CHUNK_CUDA)]
+        return torch.stack([part @ part.mT for part in parts]).sum(0).cpu().numpy()
+    gramian = np.zeros((len(rows), len(rows)))
+    for part in _slices(rows, CHUNK):
+        exact = part.double() if wide else part.to(torch.promote_types(part.dtype, torch.float32))
+        gramian += _inner_products(exact.numpy()) if len(rows) <= FEW_ROWS else _symmetric_product(exact).numpy()
+    return gramian
+
+
+def _inner_products(rows: np.ndarray) -> Float64[np.ndarray, "K K"]:
+    gramian = np.empty((len(rows), len(rows)))
+    for i, row in enumerate(rows):
+        for j in range(i, len(rows)):
+            gramian[i, j] = gramian[j, i] = row.dot(rows[j])
+    return gramian
+
+
+def _symmetric_product(rows: Tensor) -> Tensor:
+    """``rows @ rows.T`` with three quarters of the multiplications."""
+    half = len(rows) // 2
+    upper, lower = rows[:half], rows[half:]
+    cross = upper @ lower.mT
+    top = torch.cat([upper @ upper.mT, cross], dim=1)
+    return torch.cat([top, torch.cat([cross.mT, lower @ lower.mT], dim=1)]).double()
+
+
+def _weighted_sum(block: Tensor, weights: Float64[np.ndarray, " K"]) -> Tensor:
+    rows = _rows(block)
+    return (torch.from_numpy(weights).to(rows.device, rows.dtype) @ rows).reshape(block.shape[1:])
+
+
+def _is_delicate(gramian: Float64[np.ndarray, "K K"]) -> bool:
+    squares = gramian.diagonal()
+    if not np.isfinite(gramian).all() or squares.min() < SAFE_SQUARES[0] or squares.max() > SAFE_SQUARES[1]:
+        return True
+    norms = np.sqrt(squares)
+    return bool(np.linalg.eigvalsh(gramian / np.outer(norms, norms))[0] < SAFE_EIGENVALUE)
