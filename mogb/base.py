@@ -151,9 +151,7 @@ class Aggregator(ABC):
         """Whether the direction is a weighted sum of the gradients whose weights are known."""
         return self.reads != "jacobian"
 
-    def solve(
-        self, gramian: Float[Tensor, "K K"] | None = None, losses: Float[Tensor, " K"] | None = None
-    ) -> Solution:
+    def solve(self, gramian: Float[Tensor, "K K"] | None = None, losses: Float[Tensor, " K"] | None = None) -> Solution:
         """The weights with their certificate.
 
         Args:
@@ -178,7 +176,9 @@ class Aggregator(ABC):
         assert like is not None
         return torch.from_numpy(solution.weights).to(like.device, like.dtype)
 
-    def __call__(self, jacobian: Float[Tensor, "K N"], losses: Float[Tensor, " K"] | None = None) -> Float[Tensor, " N"]:
+    def __call__(
+        self, jacobian: Float[Tensor, "K N"], losses: Float[Tensor, " K"] | None = None
+    ) -> Float[Tensor, " N"]:
         """The combined direction.
 
         Raises:
@@ -256,9 +256,7 @@ class Aggregator(ABC):
             raise NonFiniteError("direction", None)
         return solution
 
-    def _solve(
-        self, gramian: Float64[np.ndarray, "K K"] | None, losses: Float64[np.ndarray, " K"] | None
-    ) -> Solution:
+    def _solve(self, gramian: Float64[np.ndarray, "K K"] | None, losses: Float64[np.ndarray, " K"] | None) -> Solution:
         """What wrappers call on the method that they wear."""
         raise TypeError(f"{self.name!r} yields no weights.")
 
@@ -275,9 +273,7 @@ class LossAggregator(Aggregator):
     @abstractmethod
     def _weights(self, losses: Float64[np.ndarray, " K"]) -> Solution: ...
 
-    def _solve(
-        self, gramian: Float64[np.ndarray, "K K"] | None, losses: Float64[np.ndarray, " K"] | None
-    ) -> Solution:
+    def _solve(self, gramian: Float64[np.ndarray, "K K"] | None, losses: Float64[np.ndarray, " K"] | None) -> Solution:
         assert losses is not None
         return self._weights(losses)
 
@@ -292,9 +288,7 @@ class GramianAggregator(Aggregator):
     @abstractmethod
     def _weights(self, gramian: Float64[np.ndarray, "K K"]) -> Solution: ...
 
-    def _solve(
-        self, gramian: Float64[np.ndarray, "K K"] | None, losses: Float64[np.ndarray, " K"] | None
-    ) -> Solution:
+    def _solve(self, gramian: Float64[np.ndarray, "K K"] | None, losses: Float64[np.ndarray, " K"] | None) -> Solution:
         assert gramian is not None
         return self._weights(gramian)
 
@@ -309,10 +303,9 @@ class GramianLossAggregator(Aggregator):
     @abstractmethod
     def _weights(self, gramian: Float64[np.ndarray, "K K"], losses: Float64[np.ndarray, " K"]) -> Solution: ...
 
-    def _solve(
-        self, gramian: Float64[np.ndarray, "K K"] | None, losses: Float64[np.ndarray, " K"] | None
-    ) -> Solution:
-        assert gramian is not None and losses is not None
+    def _solve(self, gramian: Float64[np.ndarray, "K K"] | None, losses: Float64[np.ndarray, " K"] | None) -> Solution:
+        assert gramian is not None
+        assert losses is not None
         return self._weights(gramian, losses)
 
 
@@ -326,9 +319,7 @@ class JacobianAggregator(Aggregator):
         return "jacobian"
 
     @abstractmethod
-    def _direction(
-        self, jacobian: Jacobian, losses: Float64[np.ndarray, " K"] | None
-    ) -> tuple[Tensor, ...]: ...
+    def _direction(self, jacobian: Jacobian, losses: Float64[np.ndarray, " K"] | None) -> tuple[Tensor, ...]: ...
 
     def direct(
         self, jacobian: Jacobian, losses: Float64[np.ndarray, " K"] | None
@@ -446,7 +437,9 @@ def _loss_array(
         if reads_losses:
             raise TypeError(f"{aggregator.name!r} reads the loss values: pass losses=[K].")
         if size is None:
-            raise TypeError(f"{aggregator.name!r} needs losses=[K], or a Gramian, to know how many objectives there are.")
+            raise TypeError(
+                f"{aggregator.name!r} needs losses=[K], or a Gramian, to know how many objectives there are."
+            )
         return np.ones(size)
     values = torch.as_tensor(losses).detach()
     if values.is_complex() or values.ndim != 1 or len(values) == 0:

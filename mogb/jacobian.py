@@ -15,9 +15,13 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-# Columns that are multiplied at once: a slice of this many stays in the cache.
-CHUNK = 1 << 16
+# Columns that are converted and multiplied at once, so that the work stays in the cache: for inner products of few
+# rows, for matrix products, and on an accelerator. Float32 sums are short (SHORT terms in matrix products), and added
+# up in float64: one long float32 sum over a million columns loses up to five digits.
+CHUNK = 1 << 13
+CHUNK_MANY_ROWS = 1 << 16
 CHUNK_CUDA = 1 << 22
+SHORT = 1 << 10
 # Below this many numbers, float32 rows are multiplied in float64: it costs microseconds.
 SMALL = 1 << 17
 # Up to this many rows, single inner products beat a matrix product.
@@ -107,10 +111,12 @@ def _block_gramian(rows: Tensor, wide: bool) -> Float64[np.ndarray, "K K"]:
     if not rows.is_cpu:
         parts = [part.double() for part in _slices(rows, CHUNK_CUDA)]
         return torch.stack([part @ part.mT for part in parts]).sum(0).cpu().numpy()
+    few = len(rows) <= FEW_ROWS
     gramian = np.zeros((len(rows), len(rows)))
-    for part in _slices(rows, CHUNK):
-        exact = part.double() if wide else part.to(torch.promote_types(part.dtype, torch.float32))
-        gramian += _inner_products(exact.numpy()) if len(rows) <= FEW_ROWS else _symmetric_product(exact).numpy()
+    with np.errstate(over="ignore", invalid="ignore"):  # the caller looks at the result, and repeats it in float64
+        for part in _slices(rows, CHUNK if few else CHUNK_MANY_ROWS):
+            exact = part.double() if wide else part.to(torch.promote_types(part.dtype, torch.float32))
+            gramian += _inner_products(exact.numpy()) if few else _short_products(exact).numpy()
     return gramian
 
 
@@ -122,13 +128,13 @@ def _inner_products(rows: np.ndarray) -> Float64[np.ndarray, "K K"]:
     return gramian
 
 
-def _symmetric_product(rows: Tensor) -> Tensor:
-    """``rows @ rows.T`` with three quarters of the multiplications."""
-    half = len(rows) // 2
-    upper, lower = rows[:half], rows[half:]
-    cross = upper @ lower.mT
-    top = torch.cat([upper @ upper.mT, cross], dim=1)
-    return torch.cat([top, torch.cat([cross.mT, lower @ lower.mT], dim=1)]).double()
+def _short_products(rows: Tensor) -> Tensor:
+    """``rows @ rows.T``, as a float64 sum of products over few columns each."""
+    whole = rows.shape[1] // SHORT * SHORT
+    pieces = rows[:, :whole].unflatten(1, (-1, SHORT)).transpose(0, 1) if whole else None
+    rest = rows[:, whole:]
+    total = (rest @ rest.mT).double()
+    return total if pieces is None else total + torch.bmm(pieces, pieces.mT).sum(0, dtype=torch.float64)
 
 
 def _weighted_sum(block: Tensor, weights: Float64[np.ndarray, " K"]) -> Tensor:

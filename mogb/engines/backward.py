@@ -204,7 +204,9 @@ def _add(updates: Iterable[tuple[Tensor, Tensor]]) -> None:
     with torch.no_grad():
         for param, grad in updates:
             if param.grad is None:
-                param.grad = grad.detach().to(param.dtype).reshape(param.shape).clone(memory_format=torch.preserve_format)
+                param.grad = (
+                    grad.detach().to(param.dtype).reshape(param.shape).clone(memory_format=torch.preserve_format)
+                )
             else:
                 param.grad.add_(grad.reshape(param.shape))
 

@@ -97,7 +97,7 @@ class Balancer:
             problem = f"unknown keys {', '.join(unknown)}" if unknown else "no key 'step'"
             raise ValueError(f"This is no state of a Balancer: {problem}. Pass what Balancer.state_dict() returned.")
         self.aggregator.load_state_dict(inner)
-        self.step = int(state["step"])  # type: ignore[arg-type]
+        self.step = int(state["step"])
         weights = state.get("weights")
         self._solution = None if weights is None else Solution(torch.as_tensor(weights).double().cpu().numpy().copy())
 

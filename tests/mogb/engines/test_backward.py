@@ -62,8 +62,10 @@ def test_backward_equals_the_aggregator_on_the_stacked_gradients(name):
 @pytest.mark.parametrize("name", ["weighted_sum", "mgda", "graddrop"])
 def test_heads_get_the_plain_gradient_and_the_trunk_the_balanced_one(name):
     trunk, left, right, losses = two_heads()
-    plain = [torch.autograd.grad(losses[0], list(left.parameters()), retain_graph=True),
-             torch.autograd.grad(losses[1], list(right.parameters()), retain_graph=True)]
+    plain = [
+        torch.autograd.grad(losses[0], list(left.parameters()), retain_graph=True),
+        torch.autograd.grad(losses[1], list(right.parameters()), retain_graph=True),
+    ]
     shared = mogb.make(name)(rows_by_hand(losses, list(trunk.parameters())))
     mogb.backward(losses, None, mogb.make(name))
     for module, grads in zip((left, right), plain, strict=True):
@@ -88,7 +90,7 @@ def test_the_direction_is_added_to_what_is_already_there():
 
 
 def test_frozen_parameters_are_skipped():
-    trunk, left, right, losses = two_heads()
+    trunk, _, _, losses = two_heads()
     trunk.bias.requires_grad_(False)
     mogb.backward(losses, trunk, mogb.make("mgda"))
     assert trunk.bias.grad is None
