@@ -21,6 +21,7 @@ Shapes: K = objectives, N = numbers in one gradient.
 
 import dataclasses
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -252,7 +253,7 @@ class Aggregator(ABC):
         self, gramian: Float64[np.ndarray, "K K"] | None, losses: Float64[np.ndarray, " K"] | None
     ) -> Solution:
         solution = self._solve(gramian, losses)
-        if not np.isfinite(solution.weights).all():
+        if not math.isfinite(float(solution.weights.sum())):
             raise NonFiniteError("direction", None)
         return solution
 
@@ -405,7 +406,7 @@ def _check_jacobian(jacobian: Tensor) -> None:
     if not isinstance(jacobian, Tensor) or not jacobian.is_floating_point():
         found = jacobian.dtype if isinstance(jacobian, Tensor) else type(jacobian).__name__
         raise TypeError(f"jacobian must be a floating-point tensor [K, N], one gradient a row, but got {found}.")
-    if jacobian.ndim != 2 or len(jacobian) == 0:
+    if jacobian.ndim != 2 or jacobian.shape[0] == 0:
         raise ValueError(
             f"jacobian must have the shape [K, N] with K >= 1, one gradient a row, but got {list(jacobian.shape)}."
         )

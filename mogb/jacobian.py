@@ -7,6 +7,7 @@ Every operation on N numbers that mogb needs is here: the Gramian, a weighted su
 Shapes: K = objectives, N = all numbers in one gradient; a block is ``[K, ...]``.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -95,7 +96,7 @@ class Jacobian:
 
 def all_finite(direction: Sequence[Tensor]) -> bool:
     """Whether a direction is finite. One pass, and a second one only where a sum overflowed."""
-    return all(bool(torch.isfinite(part.sum())) or bool(torch.isfinite(part).all()) for part in direction)
+    return all(math.isfinite(part.sum().item()) or bool(torch.isfinite(part).all()) for part in direction)
 
 
 def _rows(block: Tensor) -> Tensor:
@@ -138,8 +139,8 @@ def _short_products(rows: Tensor) -> Tensor:
 
 
 def _weighted_sum(block: Tensor, weights: Float64[np.ndarray, " K"]) -> Tensor:
-    rows = _rows(block)
-    return (torch.from_numpy(weights).to(rows.device, rows.dtype) @ rows).reshape(block.shape[1:])
+    coefficients = torch.from_numpy(weights).to(block.device, block.dtype)
+    return coefficients @ block if block.ndim == 2 else (coefficients @ _rows(block)).reshape(block.shape[1:])
 
 
 def _is_delicate(gramian: Float64[np.ndarray, "K K"]) -> bool:
