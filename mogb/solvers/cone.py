@@ -1,5 +1,12 @@
 r"""Projection onto the dual cone of the gradients.
 
+For weights x, the point of :math:`\{d : J d \ge 0\}` that is closest to :math:`J^\top x` is :math:`J^\top w` with
+
+.. math::  \min_w \; w^\top G w \quad \text{s.t.} \quad w \ge x .
+
+In the unit-diagonal form the multipliers :math:`\lambda = S (w - x) \ge 0` solve the complementarity problem
+:math:`C \lambda \ge -C S x`: again non-negative least squares.
+
 Shapes: K = objectives, P = vectors to project.
 """
 
@@ -8,16 +15,31 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Float64
-from scipy.optimize import nnls
 
-from mogb.solvers.scaling import factor, unit_diagonal
+from mogb.solvers.active_set import DESCENT, block_pivoting, descend, least_squares
+from mogb.solvers.scaling import EPS, factor, unit_diagonal
 
-TOLERANCE = 1e-9
+ConeSolver = Literal["active-set", "quadprog"]
+
+# Largest residual that counts as solved when rounding does not force a larger one.
+TOLERANCE = 1e-12
+# From so many objectives on, all vectors are projected together.
+MANY = 24
+# The smallest eigenvalue that quadprog is given.
+RIDGE = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
 class ConeProjection:
-    """The projections, as weights."""
+    r"""The projections, as weights on the gradients.
+
+    Attributes:
+        weights: One row for each vector.
+        residual: How far the optimality conditions are from holding, in the worst row: the largest of
+            :math:`-g_i \cdot d / \|g_i\|` (a conflict) and :math:`\min((w - x)_i \|g_i\|, g_i \cdot d / \|g_i\|)`,
+            relative to :math:`\max_i |x_i| \|g_i\|`.
+        converged: Whether the residual is below 1e-12, or below what rounding leaves of it.
+    """
 
     weights: Float64[np.ndarray, "P K"]
     residual: float
@@ -28,32 +50,94 @@ def project_on_dual_cone(
     gramian: Float64[np.ndarray, "K K"],
     coefficients: Float64[np.ndarray, "P K"],
     *,
-    solver: Literal["active-set", "quadprog"] = "active-set",
+    solver: ConeSolver = "active-set",
+    max_steps: int | None = None,
 ) -> ConeProjection:
-    """Projects."""
+    """Projects vectors, given by their weights on the gradients, onto the cone that conflicts with none of them.
+
+    The answer is exact up to rounding and adds no ridge. A zero row is no constraint and keeps its weight.
+
+    Args:
+        gramian: Symmetric and positive semidefinite up to rounding, finite.
+        coefficients: The weights x, one row for each vector.
+        solver: ``"active-set"``, or ``"quadprog"`` for the dual method of Goldfarb and Idnani on the same scaled
+            problem, which needs the package of that name.
+        max_steps: Of the active-set method. None means more than it ever needs; a smaller limit gives the best point
+            so far, with ``converged=False``.
+
+    Raises:
+        ValueError: An unknown solver.
+        ImportError: quadprog is asked for and not installed.
+    """
     if solver not in ("active-set", "quadprog"):
         raise ValueError(f"Unknown solver {solver!r}. Known ones: active-set, quadprog.")
     norms, cosines = unit_diagonal(gramian)
-    x = coefficients * norms
+    points = coefficients * norms
+    scales = np.abs(points).max(axis=1)
+    scales[scales == 0] = 1.0
+    points /= scales[:, None]
+    products = points.dot(cosines)
+    open_rows = (products.min(axis=1) < 0).nonzero()[0]
+    if open_rows.size == 0:
+        return ConeProjection(coefficients.copy(), 0.0, True)
+    if max_steps is None:
+        max_steps = 30 * len(norms)
+    targets = -products[open_rows]
     if solver == "quadprog":
-        multipliers = _quadprog(cosines, x)
+        multipliers, error = _quadprog(cosines, targets), 0.0
     else:
-        f = factor(cosines)
-        multipliers = np.array([nnls(f, -f @ row, maxiter=30 * len(norms))[0] for row in x])
-    u = x + multipliers
-    slack = u @ cosines
-    scale = np.maximum(np.abs(x).max(axis=1, initial=0.0), np.finfo(float).tiny)
-    residual = float(np.max(np.maximum(-slack, np.minimum(multipliers, np.abs(slack))) / scale[:, None], initial=0.0))
-    inverse = np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
-    weights = np.where(norms > 0, u * inverse, coefficients)
-    return ConeProjection(weights, residual, residual <= TOLERANCE)
+        multipliers, error = _active_set(cosines, points[open_rows], targets, max_steps)
+    residuals = _residuals(cosines, targets, multipliers)
+    residual = float(residuals.max())
+    resolution = (8 * len(norms) * EPS + error) * float(1 + multipliers.sum(axis=1).max())
+    raised = multipliers * (scales[open_rows, None] / np.where(norms > 0, norms, np.inf))
+    weights = coefficients.copy()
+    weights[open_rows] += raised
+    return ConeProjection(weights, residual, residual <= max(TOLERANCE, resolution))
 
 
-def _quadprog(cosines: Float64[np.ndarray, "K K"], x: Float64[np.ndarray, "P K"]) -> Float64[np.ndarray, "P K"]:
+def _active_set(
+    cosines: Float64[np.ndarray, "K K"],
+    points: Float64[np.ndarray, "P K"],
+    targets: Float64[np.ndarray, "P K"],
+    max_steps: int,
+) -> tuple[Float64[np.ndarray, "P K"], float]:
+    """The multipliers, and how far the factor that they were found with is from the cosines."""
+    multipliers = np.zeros_like(points)
+    left = range(len(points))
+    if len(cosines) >= MANY:
+        multipliers, solved = block_pivoting(cosines, targets, min(max_steps, 100))
+        left = (~solved).nonzero()[0]
+        if len(left) == 0:
+            return multipliers, 0.0
+    rows, error = factor(cosines)
+    images = points.dot(-rows.T)
+    for row in left:
+        found = least_squares(rows, images[row], max_steps)
+        if found is not None:
+            multipliers[row] = found
+    residuals = _residuals(cosines, targets, multipliers)
+    for row in (residuals > TOLERANCE).nonzero()[0]:
+        found, _ = descend(cosines, targets[row], multipliers[row], min(max_steps, DESCENT))
+        if _residuals(cosines, targets[row], found) < residuals[row]:
+            multipliers[row] = found
+    return multipliers, error
+
+
+def _residuals(
+    cosines: Float64[np.ndarray, "K K"], targets: Float64[np.ndarray, "*P K"], multipliers: Float64[np.ndarray, "*P K"]
+) -> Float64[np.ndarray, "*P"]:
+    slack = multipliers.dot(cosines) - targets
+    return np.maximum(-slack, np.minimum(multipliers, slack)).max(axis=-1)
+
+
+def _quadprog(cosines: Float64[np.ndarray, "K K"], targets: Float64[np.ndarray, "P K"]) -> Float64[np.ndarray, "P K"]:
     try:
         import quadprog
     except ImportError as error:
         raise ImportError('solver="quadprog" needs the package quadprog: pip install "mogb[quadprog]".') from error
-    size = len(cosines)
-    hessian = cosines + 1e-12 * np.eye(size)
-    return np.array([quadprog.solve_qp(hessian, -cosines @ row, np.eye(size), np.zeros(size))[0] for row in x])
+    identity = np.eye(len(cosines))
+    least = float(np.linalg.eigvalsh(cosines)[0])
+    regular = cosines + max(RIDGE - least, 0.0) * identity  # it takes none but positive definite matrices
+    solutions = [quadprog.solve_qp(regular, target, identity, np.zeros(len(cosines)))[0] for target in targets]
+    return np.maximum(solutions, 0.0)

@@ -30,7 +30,7 @@ def conflict_averse(gramian: Float64[np.ndarray, "K K"], c: float) -> ConflictAv
     """Solves it by a fixed-point search on tau = |g_w| / (c |g_0|)."""
     size = len(gramian)
     norms, cosines = unit_diagonal(gramian)
-    rows = factor(cosines) * norms  # columns are the gradients
+    rows = factor(cosines)[0] * norms  # columns are the gradients
     mean = rows.mean(axis=1)
     mean_norm = float(np.linalg.norm(mean))
     shortest = solve_min_norm(gramian)

@@ -1,0 +1,120 @@
+r"""Convex quadratic problems with non-negative variables, solved to the last digit by searching for their support.
+
+.. math::  \min_{u \ge 0} \; \tfrac12 u^\top M u - t^\top u
+           \quad \Longleftrightarrow \quad  u \ge 0, \; M u \ge t, \; u^\top (M u - t) = 0 .
+
+On the right support the solution is that of a linear system, so that nothing is left to converge.
+
+Shapes: K = variables, P = problems with one matrix M in common.
+"""
+
+import numpy as np
+from jaxtyping import Bool, Float64
+from scipy.linalg.lapack import dposv
+from scipy.optimize import nnls
+
+from mogb.solvers.scaling import EPS
+
+# Rounds of block pivoting without progress before single variables are exchanged.
+PATIENCE = 3
+# Steps of :func:`descend`, which is only ever the second choice, that are worth their time.
+DESCENT = 200
+
+
+def least_squares(
+    system: Float64[np.ndarray, "M K"], target: Float64[np.ndarray, " M"], max_steps: int
+) -> Float64[np.ndarray, " K"] | None:
+    """Non-negative least squares by the method of Lawson and Hanson; None where it gave up."""
+    try:
+        return nnls(system, target, maxiter=max_steps)[0]
+    except RuntimeError:  # how scipy reports that maxiter was reached
+        return None
+
+
+def descend(
+    matrix: Float64[np.ndarray, "K K"],
+    target: Float64[np.ndarray, " K"],
+    start: Float64[np.ndarray, " K"],
+    max_steps: int,
+) -> tuple[Float64[np.ndarray, " K"], int]:
+    """The method of Lawson and Hanson on M itself, from a feasible start; also returns the number of steps.
+
+    Slower than :func:`least_squares`, but it needs no factor of M, so that it also answers to the digits of a matrix
+    that rounding has made slightly indefinite; and what it has when its steps are used up is still a feasible point.
+    """
+    point, support = start, start > 0
+    for step in range(max_steps):
+        index = support.nonzero()[0]
+        move = np.zeros_like(point)
+        move[index], curved = _toward_minimum(matrix[index[:, None], index], target[index], point[index])
+        falling = (move < 0) & (point + move <= 0) if curved else move < 0
+        if falling.any():
+            blocking = falling.nonzero()[0]
+            ratios = point[blocking] / -move[blocking]
+            point = np.maximum(point + ratios.min() * move, 0.0)
+            point[blocking[ratios.argmin()]] = 0.0
+            support = point > 0
+            continue
+        if curved:
+            point = point + move
+        slack = np.where(support, 0.0, matrix @ point - target)
+        entering = int(slack.argmin())
+        if not curved or slack[entering] >= -4 * EPS * (1 + point.sum()):
+            return point, step + 1
+        support[entering] = True
+    return point, max_steps
+
+
+def _toward_minimum(
+    matrix: Float64[np.ndarray, "A A"], target: Float64[np.ndarray, " A"], point: Float64[np.ndarray, " A"]
+) -> tuple[Float64[np.ndarray, " A"], bool]:
+    """The step to the minimum over the support; or, where there is none, a direction without curvature, and False."""
+    _, goal, info = dposv(matrix, target)
+    if info == 0:
+        return goal - point, True
+    direction = np.linalg.eigh(matrix)[1][:, 0]
+    return (direction if direction @ (matrix @ point - target) <= 0 else -direction), False
+
+
+def block_pivoting(
+    matrix: Float64[np.ndarray, "K K"], targets: Float64[np.ndarray, "P K"], max_rounds: int
+) -> tuple[Float64[np.ndarray, "P K"], Bool[np.ndarray, " P"]]:
+    """Solves many problems at once by exchanging whole blocks of variables; also says which of them are solved.
+
+    The supports of all problems change together, one round after another, and each round costs one matrix product
+    besides the linear systems. A problem whose system is singular is left unsolved. (Portugal, Judice and Vicente,
+    A comparison of block pivoting and interior-point algorithms, 1994; Kim and Park, SISC 2011, algorithm 2.)
+    """
+    size = matrix.shape[0]
+    points = np.zeros_like(targets)
+    solved = np.zeros(len(targets), dtype=bool)
+    rows = np.arange(len(targets))  # the problems that are still open
+    support = targets > 0
+    fewest = np.full(len(targets), size + 1)
+    patience = np.full(len(targets), PATIENCE)
+    for _ in range(max_rounds):
+        trial = np.zeros((len(rows), size))
+        regular = np.ones(len(rows), dtype=bool)
+        for row, chosen in enumerate(support):
+            index = chosen.nonzero()[0]
+            if index.size:
+                _, solution, info = dposv(matrix[index[:, None], index], targets[rows[row], index])
+                trial[row, index] = solution
+                regular[row] = info == 0
+        tolerance = 16 * EPS * (1 + np.abs(trial).sum(axis=1, keepdims=True))
+        wrong = np.where(support, trial, trial @ matrix - targets[rows]) < -tolerance
+        count = wrong.sum(axis=1)
+        done = regular & (count == 0)
+        points[rows[done]] = np.maximum(trial[done], 0.0)
+        solved[rows[done]] = True
+        keep = regular & ~done
+        if not keep.any():
+            break
+        rows, support, wrong, count = rows[keep], support[keep], wrong[keep], count[keep]
+        progress = count < fewest[rows]
+        fewest[rows] = np.where(progress, count, fewest[rows])
+        patience[rows] = np.where(progress, PATIENCE, patience[rows] - 1)
+        for row in (patience[rows] < 0).nonzero()[0]:  # Murty's rule, which cannot cycle
+            wrong[row, : wrong[row].nonzero()[0][-1]] = False
+        support = support ^ wrong
+    return points, solved
