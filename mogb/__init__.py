@@ -9,7 +9,7 @@ from mogb.aggregators import make, registered
 from mogb.base import Aggregator, Promise, Reference, Solution
 from mogb.engines.backward import Report, backward
 from mogb.engines.balancer import Balancer
-from mogb.errors import NonFiniteError
+from mogb.errors import DistributedError, NonFiniteError
 from mogb.solvers import MinNormResult, min_norm
 
 try:
@@ -20,6 +20,7 @@ except PackageNotFoundError:  # a source tree that was never installed
 __all__ = [
     "Aggregator",
     "Balancer",
+    "DistributedError",
     "MinNormResult",
     "NonFiniteError",
     "Promise",

@@ -24,3 +24,7 @@ class NonFiniteError(ValueError):
                 "rate, or look for a division by zero, log(0) or overflow in that loss."
             )
         super().__init__(message)
+
+
+class DistributedError(RuntimeError):
+    """A collective failed: another rank died, raised an error, or did not answer in time."""

@@ -10,6 +10,7 @@ Shapes: K = objectives, N = all numbers in one gradient; a block is ``[K, ...]``
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -33,15 +34,32 @@ SAFE_SQUARES = (1e-25, 1e30)
 SAFE_EIGENVALUE = 1e-5
 
 
+@runtime_checkable
+class Across(Protocol):
+    """How one process's blocks belong to those of others."""
+
+    @property
+    def sharded(self) -> Sequence[bool]:
+        """For every block, whether it is one shard of rows that are spread over processes."""
+
+    def total(self, part: Float64[np.ndarray, "K K"]) -> Float64[np.ndarray, "K K"]:
+        """The sum of the shards' parts of the Gramian."""
+
+    def agree(self, gramian: Float64[np.ndarray, "K K"]) -> Float64[np.ndarray, "K K"]:
+        """The same bits on every process."""
+
+
 @dataclass(frozen=True, eq=False)
 class Jacobian:
     """The gradients of K losses, as blocks ``[K, *shape]``, one per parameter.
 
     Attributes:
         blocks: At least one tensor; all with the same first dimension K.
+        across: Set where several processes hold the rows together.
     """
 
     blocks: tuple[Tensor, ...]
+    across: Across | None = None
 
     @classmethod
     def of(cls, blocks: Tensor | Iterable[Tensor]) -> "Jacobian":
@@ -53,7 +71,7 @@ class Jacobian:
 
     def __add__(self, other: "Jacobian") -> "Jacobian":
         """Rows add over micro-batches: the gradient of a sum is the sum of the gradients."""
-        return Jacobian(tuple(a + b for a, b in zip(self.blocks, other.blocks, strict=True)))
+        return Jacobian(tuple(a + b for a, b in zip(self.blocks, other.blocks, strict=True)), self.across)
 
     def gramian(self) -> Float64[np.ndarray, "K K"]:
         """The inner products of the rows, in float64.
@@ -62,7 +80,8 @@ class Jacobian:
         and short, nearly dependent (where rounding would be amplified), or so long or short that their squares leave
         the range of float32 are multiplied in float64 instead.
         """
-        wide = sum(block.numel() for block in self.blocks) <= SMALL
+        spread = self.across is not None and any(self.across.sharded)  # then sizes differ, but decisions may not
+        wide = not spread and sum(block.numel() for block in self.blocks) <= SMALL
         gramian = self._accumulate(wide)
         if not wide and self.blocks[0].dtype != torch.float64 and _is_delicate(gramian):
             gramian = self._accumulate(wide=True)
@@ -91,7 +110,13 @@ class Jacobian:
         return None
 
     def _accumulate(self, wide: bool) -> Float64[np.ndarray, "K K"]:
-        return sum((_block_gramian(_rows(block), wide) for block in self.blocks), np.zeros((len(self), len(self))))
+        sharded = self.across.sharded if self.across is not None else [False] * len(self.blocks)
+        whole, parts = np.zeros((len(self), len(self))), np.zeros((len(self), len(self)))
+        for block, is_part in zip(self.blocks, sharded, strict=True):
+            (parts if is_part else whole).__iadd__(_block_gramian(_rows(block), wide))
+        if self.across is None:
+            return whole
+        return self.across.agree(whole + self.across.total(parts) if any(sharded) else whole)
 
 
 def all_finite(direction: Sequence[Tensor]) -> bool:

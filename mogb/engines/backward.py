@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from mogb.base import Aggregator, JacobianAggregator, Solution, needs_losses
+from mogb.engines.distributed import GroupChoice, Ranks, SharedRows, find_ranks, is_sharded, local_part, sharded_like
 from mogb.engines.graph import reached_leaves
 from mogb.engines.losses import Losses, as_losses, as_parameters
 from mogb.engines.report import Report, make_report
@@ -42,6 +43,8 @@ def backward(
     params: nn.Module | Iterable[Tensor] | None,
     aggregator: Aggregator,
     *,
+    num_samples: float | None = None,
+    process_group: GroupChoice = "default",
     retain_graph: bool = False,
 ) -> Report:
     """Differentiates K losses, combines the gradients, and adds the direction to every ``param.grad``.
@@ -56,12 +59,18 @@ def backward(
             that two or more losses reach are balanced, and the others, such as the heads of a multi-task model, get
             the plain gradient of the one loss that reaches them.
         aggregator: A method, from :func:`mogb.make`.
+        num_samples: This rank's number of samples, where the ranks' batches differ: its share of the mean gradient.
+        process_group: The ranks whose gradients are averaged before the Gramian: those of ``torch.distributed`` if it
+            is initialised, another group, or None to balance this process alone. Models may be plain, wrapped in
+            ``DistributedDataParallel``, or sharded by ``fully_shard`` (pass the module or its parameters then: the
+            graph does not show them). Every rank gets the same weights, to the bit.
         retain_graph: Keep the graph for another backward pass.
 
     Raises:
         TypeError: Inputs of the wrong kind, or complex or sparse gradients.
         ValueError: Losses without a graph or that reach none of the parameters, or parameters that need no gradient.
         NonFiniteError: NaN or Inf in a loss or a gradient; it names the objective. Every ``.grad`` is untouched.
+        DistributedError: Another rank died, or did not answer in time.
         RuntimeError: The graph was already freed.
 
     Examples:
@@ -76,12 +85,26 @@ def backward(
         raise TypeError(f"aggregator must be a method, such as mogb.make('mgda'), but got {aggregator!r}.")
     found = as_losses(losses)
     plan = make_plan(found, params)
-    values = found.values()
+    ranks = find_ranks(process_group, num_samples)
+    values = checked_values(found, ranks)
     if aggregator.reads == "losses":
         solution = aggregator._checked(None, values if needs_losses(aggregator) else np.ones(len(found)))
-        passes = weighted_backward(found, plan, solution, retain_graph=retain_graph)
+        passes = weighted_backward(found, plan, solution, ranks, retain_graph=retain_graph)
         return make_report(values, found.names, solution, None, passes)
-    return _balanced_backward(found, plan, aggregator, values, retain_graph)
+    return _balanced_backward(found, plan, aggregator, values, ranks, retain_graph)
+
+
+def checked_values(losses: Losses, ranks: Ranks) -> Float64[np.ndarray, " K"]:
+    """The loss values of the whole batch.
+
+    Raises:
+        NonFiniteError: A loss is NaN or Inf, on any rank; it names the objective.
+    """
+    values = ranks.mean_losses(losses.values())
+    if not np.isfinite(values).all():
+        index = int(np.argmin(np.isfinite(values)))
+        raise NonFiniteError("loss", index, losses.label(index))
+    return values
 
 
 def make_plan(losses: Losses, params: nn.Module | Iterable[Tensor] | None) -> Plan:
@@ -94,6 +117,8 @@ def make_plan(losses: Losses, params: nn.Module | Iterable[Tensor] | None) -> Pl
     if params is not None:
         shared = as_parameters(params)
         wanted = {id(param) for param in shared}
+        if any(is_sharded(param) for param in shared):  # their graph holds the gathered parameters, not the shards
+            return Plan(shared, ((),) * len(losses))
         for index, mine in enumerate(reached):
             if not mine & wanted:
                 raise ValueError(
@@ -109,7 +134,7 @@ def make_plan(losses: Losses, params: nn.Module | Iterable[Tensor] | None) -> Pl
     return Plan(tuple(leaf for leaf in leaves if counts[id(leaf)] >= 2), own)
 
 
-def weighted_backward(losses: Losses, plan: Plan, solution: Solution, *, retain_graph: bool) -> int:
+def weighted_backward(losses: Losses, plan: Plan, solution: Solution, ranks: Ranks, *, retain_graph: bool) -> int:
     """Adds the gradient of ``weights @ losses`` to the shared parameters, in one backward pass.
 
     The parameters of one objective alone get its plain gradient, which is the weighted one over its weight; only an
@@ -118,32 +143,44 @@ def weighted_backward(losses: Losses, plan: Plan, solution: Solution, *, retain_
     weights = solution.weights
     muted = [k for k, mine in enumerate(plan.own) if mine and abs(weights[k]) < 1e-30]
     targets = plan.shared + tuple(param for k, mine in enumerate(plan.own) if k not in muted for param in mine)
-    total = sum(
-        (loss * float(weight) for loss, weight in zip(losses.scalars, weights, strict=True)),
-        losses.scalars[0].new_zeros(()),
-    )
+    total = losses.scalars[0].new_zeros(())
+    for loss, weight in zip(losses.scalars, weights, strict=True):
+        total = total + loss * float(weight)
     updates: list[tuple[Tensor, Tensor]] = []
     if targets:
-        grads = _differentiate(total, torch.ones_like(total), targets, retain_graph or bool(muted))
-        updates += [(p, g) for p, g in zip(plan.shared, grads, strict=False) if g is not None]
+        seed = torch.full_like(total, ranks.share)
+        grads = _differentiate(total, seed, targets, retain_graph or bool(muted))
+        updates += _present(plan.shared, grads[: len(plan.shared)])
         rest = iter(grads[len(plan.shared) :])
         for k, mine in enumerate(plan.own):
             if k not in muted:
-                updates += [(p, g / float(weights[k])) for p, g in zip(mine, rest, strict=False) if g is not None]
+                updates += [
+                    (param, grad / float(weights[k])) for param, grad in _present(mine, [next(rest) for _ in mine])
+                ]
     for position, k in enumerate(muted):
         keep = retain_graph or position < len(muted) - 1
-        grads = _gradient(losses, k, plan.own[k], keep)
-        updates += [(p, g) for p, g in zip(plan.own[k], grads, strict=True) if g is not None]
-    if not all_finite([grad for _, grad in updates]):
+        updates += _present(plan.own[k], _gradient(losses, k, plan.own[k], keep, ranks.share))
+    ranks.average([grad for param, grad in updates if not is_sharded(param)])
+    if ranks.any(not all_finite([local_part(grad) for _, grad in updates])):
         raise NonFiniteError("gradient", _guilty(losses, plan), None)
     _add(updates)
     return bool(targets) + len(muted)
 
 
 def _balanced_backward(
-    losses: Losses, plan: Plan, aggregator: Aggregator, values: Float64[np.ndarray, " K"], retain_graph: bool
+    losses: Losses,
+    plan: Plan,
+    aggregator: Aggregator,
+    values: Float64[np.ndarray, " K"],
+    ranks: Ranks,
+    retain_graph: bool,
 ) -> Report:
-    jacobian, own = _rows(losses, plan, retain_graph)
+    if not aggregator.yields_weights and any(is_sharded(param) for param in plan.shared):
+        raise ValueError(
+            f"{aggregator.name!r} reads whole rows of the Jacobian, but the parameters are sharded: no rank has whole "
+            "rows. Use a method that yields weights, or DistributedDataParallel."
+        )
+    jacobian, own = _rows(losses, plan, ranks, retain_graph)
     if not all_finite([grad for _, grad in own]):
         raise NonFiniteError("gradient", _first_bad(own, plan), None)
     if not plan.shared:
@@ -168,28 +205,35 @@ def _balanced_backward(
     )
 
 
-def _rows(losses: Losses, plan: Plan, retain_graph: bool) -> tuple[Jacobian, list[tuple[Tensor, Tensor]]]:
+def _rows(losses: Losses, plan: Plan, ranks: Ranks, retain_graph: bool) -> tuple[Jacobian, list[tuple[Tensor, Tensor]]]:
     """K backward passes: the rows of the shared parameters, and the plain gradients of the others."""
     size = len(losses)
-    blocks = [param.new_zeros((size, *param.shape)) for param in plan.shared]
+    blocks = [local_part(param.detach()).new_zeros((size, *local_part(param.detach()).shape)) for param in plan.shared]
     own: list[tuple[Tensor, Tensor]] = []
     for k in range(size):
         mine = plan.own[k]
-        grads = _gradient(losses, k, plan.shared + mine, retain_graph or k < size - 1)
+        grads = _gradient(losses, k, plan.shared + mine, retain_graph or k < size - 1, ranks.share)
         for block, grad in zip(blocks, grads, strict=False):
             if grad is not None:
-                block[k] = grad
-        own += [(p, g) for p, g in zip(mine, grads[len(plan.shared) :], strict=True) if g is not None]
-    return Jacobian(tuple(blocks)), own
+                block[k] = local_part(grad)
+        own += _present(mine, grads[len(plan.shared) :])
+    ranks.average([block for block, param in zip(blocks, plan.shared, strict=True) if not is_sharded(param)])
+    ranks.average([grad for _, grad in own])
+    return Jacobian(tuple(blocks), None if ranks.alone else SharedRows(ranks, plan.shared)), own
 
 
-def _gradient(losses: Losses, index: int, targets: Sequence[Tensor], retain_graph: bool) -> tuple[Tensor | None, ...]:
-    return _differentiate(losses.roots[index], losses.seeds[index], targets, retain_graph)
+def _gradient(
+    losses: Losses, index: int, targets: Sequence[Tensor], retain_graph: bool, share: float = 1.0
+) -> tuple[Tensor | None, ...]:
+    seed = losses.seeds[index]
+    return _differentiate(losses.roots[index], seed if share == 1.0 else seed * share, targets, retain_graph)
 
 
 def _differentiate(
     root: Tensor | GradientEdge, seed: Tensor, targets: Sequence[Tensor], retain_graph: bool
 ) -> tuple[Tensor | None, ...]:
+    if any(is_sharded(target) for target in targets):
+        return _differentiate_sharded(root, seed, targets, retain_graph)
     grads = torch.autograd.grad(root, targets, seed, retain_graph=retain_graph, allow_unused=True)
     for target, grad in zip(targets, grads, strict=True):
         if grad is not None and grad.layout != torch.strided:
@@ -200,15 +244,34 @@ def _differentiate(
     return grads
 
 
+def _differentiate_sharded(
+    root: Tensor | GradientEdge, seed: Tensor, targets: Sequence[Tensor], retain_graph: bool
+) -> tuple[Tensor | None, ...]:
+    """Through ``.grad``: only there does ``fully_shard`` leave its reduced shards. What was there is put back."""
+    kept = [target.grad for target in targets]
+    try:
+        for target in targets:
+            target.grad = None
+        torch.autograd.backward(root, seed, retain_graph=retain_graph)
+        return tuple(target.grad for target in targets)
+    finally:
+        for target, grad in zip(targets, kept, strict=True):
+            target.grad = grad
+
+
+def _present(targets: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
+    return [(target, grad) for target, grad in zip(targets, grads, strict=True) if grad is not None]
+
+
 def _add(updates: Iterable[tuple[Tensor, Tensor]]) -> None:
     with torch.no_grad():
         for param, grad in updates:
-            if param.grad is None:
-                param.grad = (
-                    grad.detach().to(param.dtype).reshape(param.shape).clone(memory_format=torch.preserve_format)
-                )
+            if param.grad is not None:
+                local_part(param.grad).add_(local_part(grad).reshape(local_part(param.grad).shape))
+            elif is_sharded(param) and not is_sharded(grad):  # a direction made of local shards
+                param.grad = sharded_like(param, grad)
             else:
-                param.grad.add_(grad.reshape(param.shape))
+                param.grad = grad.detach().to(param.dtype).reshape(param.shape).clone()
 
 
 def _guilty(losses: Losses, plan: Plan) -> int | None:

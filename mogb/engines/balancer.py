@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mogb.base import Aggregator, Solution, StateValue
-from mogb.engines.backward import backward, make_plan, weighted_backward
+from mogb.engines.backward import backward, checked_values, make_plan, weighted_backward
+from mogb.engines.distributed import GroupChoice, find_ranks
 from mogb.engines.losses import as_losses
 from mogb.engines.report import Report, make_report
 
@@ -26,6 +27,7 @@ class Balancer:
         aggregator: A method, from :func:`mogb.make`.
         params: As in :func:`mogb.backward`.
         refresh_every: Steps from one full balancing to the next, at least 1.
+        process_group: As in :func:`mogb.backward`.
 
     Attributes:
         step: Calls so far.
@@ -43,7 +45,12 @@ class Balancer:
     """
 
     def __init__(
-        self, aggregator: Aggregator, params: nn.Module | Iterable[Tensor] | None = None, *, refresh_every: int = 1
+        self,
+        aggregator: Aggregator,
+        params: nn.Module | Iterable[Tensor] | None = None,
+        *,
+        refresh_every: int = 1,
+        process_group: GroupChoice = "default",
     ) -> None:
         if not isinstance(aggregator, Aggregator):
             raise TypeError(f"aggregator must be a method, such as mogb.make('mgda'), but got {aggregator!r}.")
@@ -57,22 +64,39 @@ class Balancer:
         self.aggregator = aggregator
         self.params = params if params is None or isinstance(params, nn.Module) else tuple(params)
         self.refresh_every = refresh_every
+        self.process_group = process_group
         self.step = 0
         self._solution: Solution | None = None
 
     def backward(
-        self, losses: Tensor | Sequence[Tensor] | Mapping[str, Tensor], *, retain_graph: bool = False
+        self,
+        losses: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
+        *,
+        num_samples: float | None = None,
+        retain_graph: bool = False,
     ) -> Report:
         """One training step's backward. A call that fails changes neither ``.grad`` nor the balancer.
+
+        Args:
+            losses: As in :func:`mogb.backward`, as are the other arguments.
+            num_samples: This rank's number of samples, where the ranks' batches differ.
+            retain_graph: Keep the graph for another backward pass.
 
         Raises:
             ValueError: The number of losses changed between two refreshes; otherwise as :func:`mogb.backward`.
         """
         if self._solution is None or self.step % self.refresh_every == 0:
-            report = backward(losses, self.params, self.aggregator, retain_graph=retain_graph)
+            report = backward(
+                losses,
+                self.params,
+                self.aggregator,
+                num_samples=num_samples,
+                process_group=self.process_group,
+                retain_graph=retain_graph,
+            )
             self._solution = None if report.weights is None else _remembered(report)
         else:
-            report = self._reuse(losses, self._solution, retain_graph)
+            report = self._reuse(losses, self._solution, num_samples, retain_graph)
         self.step += 1
         return report
 
@@ -102,7 +126,11 @@ class Balancer:
         self._solution = None if weights is None else Solution(torch.as_tensor(weights).double().cpu().numpy().copy())
 
     def _reuse(
-        self, losses: Tensor | Sequence[Tensor] | Mapping[str, Tensor], solution: Solution, retain_graph: bool
+        self,
+        losses: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
+        solution: Solution,
+        num_samples: float | None,
+        retain_graph: bool,
     ) -> Report:
         found = as_losses(losses)
         if len(found) != len(solution.weights):
@@ -110,8 +138,9 @@ class Balancer:
                 f"losses has {len(found)} objectives, but the weights of the last refresh are for "
                 f"{len(solution.weights)}: keep the number fixed, or use refresh_every=1."
             )
-        values = found.values()
-        passes = weighted_backward(found, make_plan(found, self.params), solution, retain_graph=retain_graph)
+        ranks = find_ranks(self.process_group, num_samples)
+        values = checked_values(found, ranks)
+        passes = weighted_backward(found, make_plan(found, self.params), solution, ranks, retain_graph=retain_graph)
         return make_report(values, found.names, solution, None, passes, refreshed=False)
 
 

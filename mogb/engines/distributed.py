@@ -1,0 +1,192 @@
+r"""Gradients averaged over ranks *before* the Gramian. The only file that knows about ranks.
+
+The Gramian is quadratic: the mean of the ranks' Gramians is not the Gramian of the mean gradient. So the rows are
+averaged first, and only then multiplied. Replicated parameters (plain or ``DistributedDataParallel``) are averaged by
+one bucketed all-reduce. Sharded ones (``fully_shard``, DTensor) arrive averaged already, one shard a rank: their
+partial Gramians are summed over the shards, K × K numbers instead of K × N. Every rank then solves the same problem: the
+Gramian and the loss values are those of the group's first rank, to the bit.
+
+Ranks whose batches differ are weighted by their sample counts: rank r by :math:`n_r / \sum_s n_s`.
+
+Shapes: K = objectives.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from jaxtyping import Float64
+from torch import Tensor
+
+from mogb.errors import DistributedError
+
+GroupChoice: TypeAlias = Any  # a torch.distributed.ProcessGroup, "default" or None
+BUCKET = 1 << 24  # numbers in one all-reduce
+
+
+@dataclass(frozen=True, eq=False)
+class Ranks:
+    """The ranks that share one step.
+
+    Attributes:
+        group: Their process group; None when this process balances alone.
+        share: What this rank's losses are multiplied with, so that a plain mean over ranks weights the ranks by their
+            sample counts; 1 when all counts are equal.
+    """
+
+    group: Any
+    share: float = 1.0
+
+    @property
+    def alone(self) -> bool:
+        return self.group is None
+
+    def mean_losses(self, losses: Float64[np.ndarray, " K"]) -> Float64[np.ndarray, " K"]:
+        """The loss values of the whole batch. NaN on one rank is NaN on all, so that all of them stop."""
+        if self.alone:
+            return losses
+        return self._reduced(losses * self.share) / dist.get_world_size(self.group)
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Replaces every tensor by its mean over the ranks, in buckets."""
+        if self.alone:
+            return
+        size = dist.get_world_size(self.group)
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket]) if len(bucket) > 1 else bucket[0].reshape(-1)
+            _guarded(lambda flat=flat: dist.all_reduce(flat, group=self.group))
+            flat /= size
+            offset = 0
+            for tensor in bucket:
+                tensor.copy_(flat[offset : offset + tensor.numel()].view_as(tensor))
+                offset += tensor.numel()
+
+    def agree(self, gramian: Float64[np.ndarray, "K K"]) -> Float64[np.ndarray, "K K"]:
+        """The first rank's copy, to the bit: equal up to rounding is not enough for equal weights."""
+        if self.alone:
+            return gramian
+        carrier = self._carrier(gramian)
+        _guarded(lambda: dist.broadcast(carrier, src=dist.get_global_rank(self.group, 0), group=self.group))
+        return carrier.cpu().numpy()
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up on any rank."""
+        return flag if self.alone else bool(self._reduced(np.array([float(flag)]))[0])
+
+    def _reduced(self, values: np.ndarray) -> np.ndarray:
+        carrier = self._carrier(values)
+        _guarded(lambda: dist.all_reduce(carrier, group=self.group))
+        return carrier.cpu().numpy()
+
+    def _carrier(self, values: np.ndarray) -> Tensor:
+        on_cpu = "gloo" in str(dist.get_backend(self.group))
+        return torch.from_numpy(values.copy()).to(
+            "cpu" if on_cpu else torch.device("cuda", torch.cuda.current_device())
+        )
+
+
+def find_ranks(process_group: GroupChoice, num_samples: float | None) -> Ranks:
+    """The ranks that take part, from the two arguments of :func:`mogb.backward`.
+
+    Raises:
+        ValueError: ``num_samples`` is negative or not finite, or no rank has a sample; an unknown group name.
+    """
+    if num_samples is not None and not (np.isfinite(num_samples) and num_samples >= 0):
+        raise ValueError(f"num_samples must be this rank's number of samples, at least 0, but got {num_samples!r}.")
+    if isinstance(process_group, str):
+        if process_group != "default":
+            raise ValueError(
+                f"process_group must be a ProcessGroup, 'default' or None (off), but got {process_group!r}."
+            )
+        process_group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    if process_group is None or dist.get_world_size(process_group) == 1:
+        return Ranks(None)
+    ranks = Ranks(process_group)
+    known = num_samples is not None
+    total, answers = ranks._reduced(np.array([float(num_samples or 0.0), float(known)]))
+    size = dist.get_world_size(process_group)
+    if answers not in (0, size):
+        raise ValueError(
+            f"num_samples was given on {int(answers)} of {size} ranks: give it on all of them, or on none."
+        )
+    if not known:
+        return ranks
+    if total == 0:
+        raise ValueError("num_samples is 0 on every rank: there is nothing to balance.")
+    assert num_samples is not None
+    return Ranks(process_group, float(num_samples) * size / total)
+
+
+def is_sharded(param: Tensor) -> bool:
+    """Whether a parameter is a DTensor with a shard on every rank."""
+    return hasattr(param, "placements") and any(placement.is_shard() for placement in param.placements)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The local shard of a DTensor; any other tensor is returned as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def sharded_like(param: Any, part: Tensor) -> Tensor:
+    """A DTensor laid out as a parameter, from this rank's part."""
+    made: Tensor = type(param.data).from_local(
+        part.to(param.dtype),
+        param.device_mesh,
+        param.placements,
+        run_check=False,
+        shape=param.shape,
+        stride=param.stride(),
+    )
+    return made
+
+
+@dataclass(frozen=True, eq=False)
+class SharedRows:
+    """Ties the blocks of one process to those of the others: see :class:`mogb.jacobian.Across`."""
+
+    ranks: Ranks
+    params: tuple[Tensor, ...]
+
+    @property
+    def sharded(self) -> tuple[bool, ...]:
+        return tuple(is_sharded(param) for param in self.params)
+
+    def total(self, part: Float64[np.ndarray, "K K"]) -> Float64[np.ndarray, "K K"]:
+        sample = next(param for param in self.params if is_sharded(param))
+        carrier = torch.from_numpy(part.copy()).to(local_part(sample.detach()).device)
+        for group in _shard_groups(sample):
+            _guarded(lambda group=group: dist.all_reduce(carrier, group=group))
+        return carrier.cpu().numpy()
+
+    def agree(self, gramian: Float64[np.ndarray, "K K"]) -> Float64[np.ndarray, "K K"]:
+        return self.ranks.agree(gramian)
+
+
+def _shard_groups(param: Any) -> list[Any]:
+    """The process groups along which a DTensor is sharded."""
+    return [param.device_mesh.get_group(d) for d, placement in enumerate(param.placements) if placement.is_shard()]
+
+
+def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    buckets: list[list[Tensor]] = []
+    for tensor in tensors:
+        last = buckets[-1] if buckets else []
+        same = last and last[0].dtype == tensor.dtype and last[0].device == tensor.device
+        if same and sum(other.numel() for other in last) + tensor.numel() <= BUCKET:
+            last.append(tensor)
+        else:
+            buckets.append([tensor])
+    return buckets
+
+
+def _guarded(collective: Callable[[], object]) -> None:
+    try:
+        collective()
+    except RuntimeError as error:
+        raise DistributedError(
+            "A collective of the balanced step failed: another rank died, raised an error, or did not answer within "
+            f"the process group's timeout. Look at the logs of the other ranks. ({error})"
+        ) from error

@@ -1,0 +1,212 @@
+"""Two and four gloo processes against one process on the concatenated batch."""
+
+import os
+import pathlib
+import socket
+import tempfile
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.testing import assert_close
+
+import mogb
+
+METHODS = [name for name in mogb.registered() if mogb.make(name).reads in ("gramian", "losses")]
+SIZES = (3, 5, 2, 6)  # samples of each rank; their mean is no mean of means
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def batch(world):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(sum(SIZES[:world]), 4, generator=generator), torch.randn(sum(SIZES[:world]), 3, generator=generator)
+
+
+def losses_of(net, inputs, targets):
+    scale = torch.tensor([1.0, 30.0, 0.1])
+    return scale * (net(inputs) - targets).square().mean(dim=0)
+
+
+def flat_grad(net):
+    grads = [param.grad for param in net.parameters()]
+    return torch.cat([(grad.full_tensor() if hasattr(grad, "full_tensor") else grad).flatten() for grad in grads])
+
+
+def alone(name, world, steps=2):
+    net, aggregator = model(), mogb.make(name)
+    inputs, targets = batch(world)
+    for _ in range(steps):
+        net.zero_grad()
+        report = mogb.backward(losses_of(net, inputs, targets), net, aggregator)
+        descend(net)
+    return flat_grad(net), report.weights
+
+
+def descend(net):
+    with torch.no_grad():
+        for param in net.parameters():
+            param -= 0.05 * param.grad
+
+
+def mine(rank, world):
+    inputs, targets = batch(world)
+    start = sum(SIZES[:rank])
+    return inputs[start : start + SIZES[rank]], targets[start : start + SIZES[rank]]
+
+
+def wrapped(form):
+    net = model()
+    if form == "ddp":
+        return nn.parallel.DistributedDataParallel(net)
+    if form == "fsdp":
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(net[0])
+        fully_shard(net[2])
+        fully_shard(net)
+    return net
+
+
+def start(rank, world, port, work, folder, args):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    try:
+        work(rank, world, pathlib.Path(folder), *args)
+    finally:
+        dist.destroy_process_group()
+
+
+def launch(world, work, *args):
+    """Runs ``work`` on every rank; what each saved as RANK.pt comes back."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(start, (world, port, work, folder, args), nprocs=world)
+        return [torch.load(pathlib.Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world)]
+
+
+def train(rank, world, folder, form):
+    found = {}
+    for name in METHODS:
+        net, aggregator = wrapped(form), mogb.make(name)
+        inputs, targets = mine(rank, world)
+        for _ in range(2):
+            net.zero_grad()
+            report = mogb.backward(losses_of(net, inputs, targets), net, aggregator, num_samples=len(inputs))
+            descend(net)
+        found[name] = (flat_grad(net), report.weights)
+    torch.save(found, folder / f"{rank}.pt")
+
+
+@pytest.mark.parametrize(("form", "world"), [("plain", 2), ("ddp", 2), ("fsdp", 2), ("ddp", 4), ("fsdp", 4)])
+def test_ranks_with_uneven_batches_equal_one_process(form, world):
+    results = launch(world, train, form)
+    for name in METHODS:
+        expected, weights = alone(name, world)
+        for result in results:
+            assert_close(result[name][0], expected, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+            assert torch.equal(result[name][1], results[0][name][1]), f"{name}: weights differ between ranks"
+
+
+def add_up(rank, world, folder):
+    net = wrapped("ddp")
+    inputs, targets = mine(rank, world)
+    net.module[0].weight.grad = torch.ones_like(net.module[0].weight)
+    mogb.backward(losses_of(net, inputs, targets), net, mogb.make("mgda"))
+    first = flat_grad(net.module)
+    losses_of(net, inputs, targets).sum().backward()  # DDP's own reduction still works afterwards
+    torch.save((first, flat_grad(net.module)), folder / f"{rank}.pt")
+
+
+def test_ddp_accumulates_and_its_own_backward_still_works():
+    results = launch(2, add_up)
+    for a, b in zip(results[0], results[1], strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(results[0][0], results[0][1])
+
+
+def switched_off(rank, world, folder):
+    net = model()
+    inputs, targets = mine(rank, world)
+    report = mogb.backward(losses_of(net, inputs, targets), net, mogb.make("mgda"), process_group=None)
+    torch.save((flat_grad(net), report.gramian), folder / f"{rank}.pt")
+
+
+def test_no_group_means_no_communication():
+    results = launch(2, switched_off)
+    for rank, (gradient, gramian) in enumerate(results):
+        net = model()
+        report = mogb.backward(losses_of(net, *mine(rank, 2)), net, mogb.make("mgda"))
+        assert_close(gradient, flat_grad(net))
+        assert_close(gramian, report.gramian)
+
+
+def not_a_number(rank, world, folder):
+    answers = []
+    for form in ("ddp", "fsdp"):
+        for name in ("mgda", "weighted_sum"):
+            net = wrapped(form)
+            inputs, targets = mine(rank, world)
+            if rank == 1:
+                targets[0, 2] = float("nan")
+            try:
+                mogb.backward(losses_of(net, inputs, targets), net, mogb.make(name))
+            except mogb.NonFiniteError as error:
+                answers.append(error.index)
+            answers.append(-1 if next(net.parameters()).grad is None else 99)
+    torch.save(torch.tensor(answers), folder / f"{rank}.pt")
+
+
+def test_nan_on_one_rank_stops_all_ranks_and_names_the_objective():
+    for answers in launch(2, not_a_number):
+        assert answers.tolist() == [2, -1] * 4
+
+
+def die(rank, world, folder):
+    from datetime import timedelta
+
+    group = dist.new_group(timeout=timedelta(seconds=3))
+    net = model()
+    inputs, targets = mine(rank, world)
+    if rank == 1:
+        os._exit(0)
+    start = time.perf_counter()
+    try:
+        mogb.backward(losses_of(net, inputs, targets), net, mogb.make("mgda"), process_group=group)
+    except mogb.DistributedError as error:
+        torch.save((time.perf_counter() - start, str(error)), folder / "0.pt")
+    os._exit(0)
+
+
+def test_a_dead_rank_is_a_clear_error_within_the_timeout():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(start, (2, port, die, folder, ()), nprocs=2)
+        seconds, message = torch.load(pathlib.Path(folder) / "0.pt", weights_only=True)
+    assert seconds < 10
+    assert "another rank died" in message
+
+
+@pytest.mark.parametrize("bad", [-1, float("nan")])
+def test_impossible_sample_counts_are_refused(bad):
+    net = model()
+    with pytest.raises(ValueError, match="num_samples"):
+        mogb.backward(losses_of(net, *batch(1)), net, mogb.make("mgda"), num_samples=bad)
+
+
+def test_an_unknown_group_is_refused():
+    net = model()
+    with pytest.raises(ValueError, match="process_group"):
+        mogb.backward(losses_of(net, *batch(1)), net, mogb.make("mgda"), process_group="world")
