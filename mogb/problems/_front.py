@@ -1,6 +1,6 @@
-"""Distances to fronts that are sampled densely: curves in the plane, and clouds of points.
+"""Geometry that several fronts share: distances to curves in the plane, projection onto the simplex.
 
-Shapes: M = samples of the front, K = objectives.
+Shapes: K = objectives.
 """
 
 from collections.abc import Sequence
@@ -22,12 +22,13 @@ def distance_to_curves(
     return torch.stack([_distance_to_polyline(points, curve) for curve in curves]).amin(0)
 
 
-def distance_to_cloud(points: Float64[Tensor, "... K"], cloud: Float64[Tensor, "M K"]) -> Float64[Tensor, "..."]:
-    """Euclidean distance to the nearest of M samples."""
-    flat = points.reshape(-1, points.shape[-1])
-    step = max(1, CHUNK // (len(cloud) * points.shape[-1]))
-    parts = [(part[:, None] - cloud).square().sum(-1).amin(1).sqrt() for part in flat.split(step)]
-    return torch.cat(parts).reshape(points.shape[:-1]) if parts else flat.new_zeros(points.shape[:-1])
+def onto_simplex(points: Float64[Tensor, "... K"]) -> Float64[Tensor, "... K"]:
+    """The nearest points with non-negative coordinates that sum to 1, by sorting."""
+    ordered = points.sort(dim=-1, descending=True).values
+    excess = ordered.cumsum(-1) - 1
+    rank = torch.arange(1, points.shape[-1] + 1, dtype=points.dtype)
+    count = (ordered * rank > excess).sum(-1, keepdim=True)
+    return (points - excess.gather(-1, count - 1) / count).clamp(min=0.0)
 
 
 def _distance_to_polyline(points: Tensor, vertices: Tensor) -> Tensor:

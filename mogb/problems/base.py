@@ -84,8 +84,8 @@ class Problem(ABC):
         super().__init_subclass__(**kwargs)
         if name is not None:
             cls.name = name
-            for key, options in {name: {}, **(variants or {})}.items():
-                REGISTRY[key] = (cls, options)
+            REGISTRY[name] = (cls, {})
+        REGISTRY.update({key: (cls, options) for key, options in (variants or {}).items()})
 
     @property
     @abstractmethod

@@ -128,30 +128,29 @@ class Valley(Problem, name="valley", variants={"valley_scaled": {"scales": (0.1,
     ) -> tuple[Float64[Tensor, "S K"], Float64[Tensor, "S K 2"]]:
         if len(x) > FEW:
             return super()._jacobian(x, generator)
-        values, rows = zip(*(self._at(*point) for point in x.tolist()), strict=True) if len(x) else ((), ())
-        shape = (len(x), 2)
-        return x.new_tensor(values).reshape(shape), x.new_tensor(rows).reshape(*shape, 2)
+        flat = [number for point in x.tolist() for number in self._at(*point)]
+        both = torch.tensor(flat, dtype=torch.float64).reshape(len(x), 2, 3)
+        return both[..., 0], both[..., 1:]
 
-    def _at(self, x1: float, x2: float) -> tuple[tuple[float, float], tuple[tuple[float, float], tuple[float, float]]]:
-        """The two losses at one point with their gradients, by hand."""
+    def _at(self, x1: float, x2: float) -> list[float]:
+        """Each loss at one point followed by its gradient, by hand."""
         bend, half = math.tanh(-x2), math.tanh(0.5 * x2)
         above, below = max(half, 0.0), max(-half, 0.0)
-        slope = 0.5 * (1 - half * half)
+        slope, depth = 0.5 * (1 - half * half), x2 + 8
         above_slope, below_slope = (slope if half >= 0 else 0.0), (-slope if half <= 0 else 0.0)
-        bend_slope = bend * bend - 1
-        values, rows = [], []
+        numbers = []
         for scale, inside, sign, centre in (
             (self.scales[0], 0.5 * (-x1 - 7) - bend, -1.0, 7.0),
             (self.scales[1], 0.5 * (-x1 + 3) + bend + 2, 1.0, -7.0),
         ):
             steep = 1 / inside if abs(inside) >= FLOOR else 0.0
             crease = math.log(max(abs(inside), FLOOR)) + 6
-            bowl = ((x1 - centre) ** 2 + 0.1 * (x2 + 8) ** 2) / 10 - 20
-            values.append(scale * (crease * above + bowl * below))
+            bowl = ((x1 - centre) ** 2 + 0.1 * depth * depth) / 10 - 20
             first = -0.5 * steep * above + 0.2 * (x1 - centre) * below
-            second = sign * bend_slope * steep * above + crease * above_slope + 0.02 * (x2 + 8) * below
-            rows.append((scale * first, scale * (second + bowl * below_slope)))
-        return (values[0], values[1]), (rows[0], rows[1])
+            second = sign * (bend * bend - 1) * steep * above + crease * above_slope
+            second += 0.02 * depth * below + bowl * below_slope
+            numbers += [scale * (crease * above + bowl * below), scale * first, scale * second]
+        return numbers
 
 
 def _second_coordinate(first: Tensor) -> Tensor:
