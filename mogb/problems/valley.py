@@ -71,7 +71,7 @@ class Valley(Problem, name="valley", variants={"valley_scaled": {"scales": (0.1,
     @property
     def settings(self) -> Settings:
         """Adam with 1e-3 as everywhere; 50 000 steps as in FAMO and ConFIG (Nash-MTL: 35 000, CAGrad: 100 000)."""
-        return Settings(optimizer="adam", lr=1e-3, steps=50_000, quick_steps=4_000, quick_lr=1e-2, tolerance=1e-2)
+        return Settings(optimizer="adam", lr=1e-3, steps=50_000, quick_steps=6_000, quick_lr=5e-3, tolerance=1e-2)
 
     def starts(self) -> Float64[Tensor, "S 2"]:
         """The five of Nash-MTL. CAGrad has three: the first and the third of these, and (-8.5, -5)."""
