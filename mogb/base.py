@@ -24,13 +24,13 @@ import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from mogb.errors import NonFiniteError
@@ -43,11 +43,15 @@ _REGISTRY: dict[str, type["Aggregator"]] = {}
 
 
 class Promise(Enum):
-    """What theory guarantees of a method *and* this implementation keeps. The contract tests check every one."""
+    """What theory guarantees of a method *and* this implementation keeps. The contract tests check every one.
+
+    Each holds for every input, up to rounding, from the state of a fresh instance. The weights of a zero direction,
+    and of a direction that several weights give, may differ where the direction does not.
+    """
 
     NON_CONFLICTING = "non-conflicting"  # d . g_k >= 0 for every objective k
-    SIMPLEX_WEIGHTS = "simplex weights"  # weights >= 0 that sum to 1
-    PERMUTATION_EQUIVARIANT = "permutation equivariant"  # reordering the objectives reorders the weights
+    SIMPLEX_WEIGHTS = "simplex weights"  # weights >= 0 that sum to 1; all 0 where there is no direction
+    PERMUTATION_EQUIVARIANT = "permutation equivariant"  # reordering the objectives leaves d where it was
     SCALE_FREE = "scale-free"  # rescaling one objective leaves d / |d| where it was
     HOMOGENEOUS = "homogeneous"  # d(s J) = s d(J) for s > 0
 
@@ -108,6 +112,17 @@ class Solution:
     note: str = ""
     details: Mapping[str, Float64[np.ndarray, "..."]] = field(default_factory=dict)
 
+    def among(self, live: Bool[np.ndarray, " L"]) -> "Solution":
+        """The same answer among L objectives: those that took no part have the weight 0 and are left out."""
+        positions = live.nonzero()[0]
+        left_out = (~live).nonzero()[0].tolist() + [int(positions[index]) for index in self.left_out]
+        return replace(
+            self,
+            weights=_spread(self.weights, live),
+            left_out=tuple(sorted(left_out)),
+            details={name: _spread(value, live) for name, value in self.details.items()},
+        )
+
 
 def state(default: Any = None, *, kind: Literal["array", "tensor", "number", "generator"] = "array") -> Any:
     """Declares a dataclass field that is state: not an option, reset by ``reset()``, saved by ``state_dict()``.
@@ -125,7 +140,7 @@ class Aggregator(ABC):
         name: As in the registry.
         reads: What the engine has to compute.
         reference: Where it was published.
-        promises: What it guarantees.
+        promises: What it guarantees with its default options; see :attr:`keeps`.
     """
 
     name: ClassVar[str] = ""
@@ -146,6 +161,11 @@ class Aggregator(ABC):
     @property
     @abstractmethod
     def reads(self) -> Reads: ...
+
+    @property
+    def keeps(self) -> frozenset[Promise]:
+        """What this instance guarantees: the promises, less those that its options give up."""
+        return self.promises
 
     @property
     def yields_weights(self) -> bool:
@@ -244,9 +264,8 @@ class Aggregator(ABC):
 
     def _gramian(self, jacobian: Jacobian) -> Float64[np.ndarray, "K K"]:
         gramian = jacobian.gramian()
-        if not np.isfinite(gramian).all():
-            index = jacobian.first_non_finite()
-            raise NonFiniteError("direction" if index is None else "gradient", index)
+        if not np.isfinite(gramian).all():  # NaN and Inf in a row reach its squared norm
+            raise NonFiniteError("gradient", int(np.argmin(np.isfinite(gramian.diagonal()))))
         return gramian
 
     def _checked(
@@ -258,8 +277,30 @@ class Aggregator(ABC):
         return solution
 
     def _solve(self, gramian: Float64[np.ndarray, "K K"] | None, losses: Float64[np.ndarray, " K"] | None) -> Solution:
-        """What wrappers call on the method that they wear."""
+        """The weights for checked arrays."""
         raise TypeError(f"{self.name!r} yields no weights.")
+
+    def _solve_live(
+        self,
+        gramian: Float64[np.ndarray, "K K"] | None,
+        losses: Float64[np.ndarray, " K"] | None,
+        live: Bool[np.ndarray, " K"],
+    ) -> Solution:
+        """The weights for some of the objectives, as if there were no others; these get 0 and are left out.
+
+        This is what a wrapper calls on the method that it wears. It never makes a state change its size.
+        """
+        if live.all():
+            return self._solve(gramian, losses)
+        if not live.any():
+            return Solution(np.zeros(len(live)), left_out=tuple(range(len(live))), note="all gradients are zero")
+        some_gramian = None if gramian is None else gramian[live][:, live]
+        some_losses = None if losses is None else losses[live]
+        return self._only(live)._solve(some_gramian, some_losses).among(live)
+
+    def _only(self, live: Bool[np.ndarray, " K"]) -> "Aggregator":
+        """The same method for some of the objectives. A method with one option per objective picks from it here."""
+        return self
 
 
 class LossAggregator(Aggregator):
@@ -286,11 +327,18 @@ class GramianAggregator(Aggregator):
     def reads(self) -> Reads:
         return "gramian"
 
+    @property
+    def leaves_out_zero(self) -> bool:
+        """Whether zero gradients take no part. Otherwise they count: nothing can improve such an objective."""
+        return False
+
     @abstractmethod
     def _weights(self, gramian: Float64[np.ndarray, "K K"]) -> Solution: ...
 
     def _solve(self, gramian: Float64[np.ndarray, "K K"] | None, losses: Float64[np.ndarray, " K"] | None) -> Solution:
         assert gramian is not None
+        if self.leaves_out_zero and (zero := _zero_rows(gramian)) is not None:
+            return self._solve_live(gramian, losses, ~zero)
         return self._weights(gramian)
 
 
@@ -301,12 +349,19 @@ class GramianLossAggregator(Aggregator):
     def reads(self) -> Reads:
         return "gramian+losses"
 
+    @property
+    def leaves_out_zero(self) -> bool:
+        """Whether zero gradients take no part. Otherwise they count: nothing can improve such an objective."""
+        return False
+
     @abstractmethod
     def _weights(self, gramian: Float64[np.ndarray, "K K"], losses: Float64[np.ndarray, " K"]) -> Solution: ...
 
     def _solve(self, gramian: Float64[np.ndarray, "K K"] | None, losses: Float64[np.ndarray, " K"] | None) -> Solution:
         assert gramian is not None
         assert losses is not None
+        if self.leaves_out_zero and (zero := _zero_rows(gramian)) is not None:
+            return self._solve_live(gramian, losses, ~zero)
         return self._weights(gramian, losses)
 
 
@@ -333,13 +388,33 @@ class JacobianAggregator(Aggregator):
 
 
 class Wrapper(Aggregator):
-    """An aggregator that changes what another one sees or returns. It reads what the other one reads."""
+    """An aggregator that changes what another one sees or returns. It reads what the other one reads.
+
+    Attributes:
+        inner: The method that it wears.
+        needs_gramian: Whether it reads the Gramian even where the method inside does not.
+    """
 
     inner: Aggregator
+    needs_gramian: ClassVar[bool] = False
 
     @property
     def reads(self) -> Reads:
+        if self.needs_gramian and self.inner.reads == "losses":
+            return "gramian+losses" if needs_losses(self.inner) else "gramian"
         return self.inner.reads
+
+    def _solve(self, gramian: Float64[np.ndarray, "K K"] | None, losses: Float64[np.ndarray, " K"] | None) -> Solution:
+        size = len(gramian) if gramian is not None else len(losses) if losses is not None else 0
+        return self._solve_live(gramian, losses, np.ones(size, dtype=bool))
+
+    @abstractmethod
+    def _solve_live(
+        self,
+        gramian: Float64[np.ndarray, "K K"] | None,
+        losses: Float64[np.ndarray, " K"] | None,
+        live: Bool[np.ndarray, " K"],
+    ) -> Solution: ...
 
     @property
     def reference(self) -> Reference:  # type: ignore[override]
@@ -375,6 +450,21 @@ class Wrapper(Aggregator):
 def option_names(cls: type[Aggregator]) -> tuple[str, ...]:
     """The options of a method, in the order of its class."""
     return tuple(name for name in inspect.signature(cls.__init__).parameters if name != "self")
+
+
+def _spread(values: Float64[np.ndarray, "*S"], live: Bool[np.ndarray, " K"]) -> Float64[np.ndarray, "*K"]:
+    """Values of the live objectives among those of all of them, which are 0. Other shapes stay as they are."""
+    if values.shape != (np.count_nonzero(live),):
+        return values
+    spread = np.zeros(len(live))
+    spread[live] = values
+    return spread
+
+
+def _zero_rows(gramian: Float64[np.ndarray, "K K"]) -> Bool[np.ndarray, " K"] | None:
+    """Which gradients are zero; None if there is none."""
+    squares = gramian.diagonal()
+    return squares <= 0 if squares.min() <= 0 else None
 
 
 def _state_fields(aggregator: Aggregator) -> list["dataclasses.Field[Any]"]:
@@ -423,8 +513,10 @@ def _as_arrays(
         if gramian.ndim != 2 or gramian.shape[0] != gramian.shape[1] or len(gramian) == 0:
             raise ValueError(f"gramian must have the shape [K, K] with K >= 1, but got {list(gramian.shape)}.")
         matrix = gramian.detach().to("cpu", torch.float64).numpy()
-        if not np.isfinite(matrix).all():
-            raise NonFiniteError("gradient", int(np.argmin(np.isfinite(matrix.diagonal()))))
+        if not np.isfinite(matrix).all():  # NaN and Inf in a row reach its squared norm first
+            finite = np.isfinite(matrix)
+            by_row = finite.diagonal() if not finite.diagonal().all() else finite.all(axis=1)
+            raise NonFiniteError("gradient", int(np.argmin(by_row)))
     elif aggregator.reads != "losses":
         raise TypeError(f"{aggregator.name!r} reads the Gramian: pass gramian=[K, K].")
     return matrix, _loss_array(aggregator, losses, None if matrix is None else len(matrix))
@@ -455,10 +547,9 @@ def _loss_array(
 
 def needs_losses(aggregator: Aggregator) -> bool:
     """Whether the values of the losses matter, beyond their number."""
-    if isinstance(aggregator, Wrapper):
-        return needs_losses(aggregator.inner)
-    if isinstance(aggregator, LossAggregator):
-        return aggregator.needs_values
-    return isinstance(aggregator, GramianLossAggregator) or (
-        isinstance(aggregator, JacobianAggregator) and aggregator.needs_losses
-    )
+    reads = aggregator.reads
+    if reads != "losses":
+        return reads == "gramian+losses" or (isinstance(aggregator, JacobianAggregator) and aggregator.needs_losses)
+    while isinstance(aggregator, Wrapper):
+        aggregator = aggregator.inner
+    return isinstance(aggregator, LossAggregator) and aggregator.needs_values

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64
 
 from mogb.base import LossAggregator, Promise, Reference, Solution
 
@@ -38,7 +38,7 @@ class WeightedSum(LossAggregator, name="weighted_sum"):
         year=2000,
         url="https://doi.org/10.1007/s001860000043",
     )
-    promises: ClassVar = frozenset({Promise.HOMOGENEOUS})
+    promises: ClassVar = frozenset({Promise.SIMPLEX_WEIGHTS, Promise.PERMUTATION_EQUIVARIANT, Promise.HOMOGENEOUS})
     needs_values: ClassVar = False
 
     fixed: tuple[float, ...] | None = None
@@ -51,10 +51,26 @@ class WeightedSum(LossAggregator, name="weighted_sum"):
         if self.fixed is not None and (not self.fixed or not np.isfinite(self.fixed).all()):
             raise ValueError(f"weights must be finite numbers, one per objective, but got {list(self.fixed)}.")
 
+    def __repr__(self) -> str:
+        return f"WeightedSum(weights={None if self.fixed is None else list(self.fixed)})"
+
+    @property
+    def keeps(self) -> frozenset[Promise]:
+        return self.promises if self.fixed is None else frozenset({Promise.HOMOGENEOUS})
+
+    def _only(self, live: Bool[np.ndarray, " K"]) -> "WeightedSum":
+        if self.fixed is None:
+            return self
+        self._check_size(len(live))
+        return WeightedSum(weights=[weight for weight, part in zip(self.fixed, live, strict=True) if part])
+
+    def _check_size(self, size: int) -> None:
+        if self.fixed is not None and len(self.fixed) != size:
+            raise ValueError(f"weights must have one number per objective, {size}, but got {len(self.fixed)}.")
+
     def _weights(self, losses: Float64[np.ndarray, " K"]) -> Solution:
         size = len(losses)
         if self.fixed is None:
             return Solution(np.full(size, 1 / size))
-        if len(self.fixed) != size:
-            raise ValueError(f"weights must have one number per objective, {size}, but got {len(self.fixed)}.")
+        self._check_size(size)
         return Solution(np.array(self.fixed))
