@@ -1,0 +1,1 @@
+"""Rewards: one file each, imported only when its reward is asked for."""
