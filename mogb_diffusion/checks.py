@@ -28,8 +28,9 @@ def real_numbers(name: str, values: Any, shape: str) -> Tensor:
     return tensor.detach()
 
 
-def number(name: str, value: Any, *, above: float | None = None, low: float | None = None, high: float | None = None,
-           remedy: str = "") -> float:  # fmt: skip
+def number(
+    name: str, value: Any, *, above: float | None = None, low: float | None = None, high: float | None = None
+) -> float:
     """A finite float, larger than ``above``, at least ``low`` and at most ``high``, where they are given."""
     try:
         given = float(value)
@@ -40,8 +41,7 @@ def number(name: str, value: Any, *, above: float | None = None, low: float | No
     wanted += [f"<= {high:g}"] if high is not None else []
     holds = (above is None or given > above) and (low is None or given >= low) and (high is None or given <= high)
     if not (math.isfinite(given) and holds):
-        message = " ".join(["a finite number", " and ".join(wanted)]).rstrip()
-        raise ValueError(f"{name} must be {message}, but got {value!r}.{' ' + remedy if remedy else ''}")
+        raise ValueError(f"{name} must be a finite number {' and '.join(wanted)}, but got {value!r}.")
     return given
 
 

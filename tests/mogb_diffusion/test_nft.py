@@ -229,6 +229,28 @@ def test_balancing_with_given_weights_is_the_amortised_backward():
     assert_close([parameter.grad for parameter in model.parameters()], balanced, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize(("on_policy", "rank"), [(False, 2), (True, 1)])
+def test_terms_and_weights_give_all_gradients_in_two_passes_and_on_policy_in_one(on_policy, rank):
+    from mogb.engines.per_sample import PerSample
+
+    model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Tanh(), torch.nn.Linear(6, 8)).double()
+    inputs, generator = batch(4, shape=(8,))
+    values = torch.rand(5, 4, generator=generator, dtype=torch.float64)
+    mask = torch.rand(5, 4, generator=generator) < 0.7
+    with PerSample(model) as engine:
+        velocity = model(inputs["noised"])
+        inputs["velocity"] = velocity
+        inputs["old_velocity"] = velocity.detach() if on_policy else inputs["old_velocity"]
+        jacobian = engine.gradients(
+            nft_terms(**inputs, beta=0.1), nft_weights(values, beta=0.1, scale=5.0, mask=mask), retain_graph=True
+        )
+    assert engine.report.rank == rank
+    expected = naive_losses(inputs, values, mask, 0.1, 5.0)
+    for block, parameter in zip(jacobian.blocks, model.parameters(), strict=True):
+        rows = torch.stack([torch.autograd.grad(loss, parameter, retain_graph=True)[0] for loss in expected])
+        assert_close(block, rows, rtol=1e-11, atol=1e-13)
+
+
 def test_on_policy_the_common_gradient_is_zero_to_the_bit_and_the_value_knows_no_reward():
     inputs, generator = batch(4)
     inputs["velocity"] = inputs["old_velocity"].clone().requires_grad_()
