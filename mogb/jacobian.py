@@ -125,7 +125,7 @@ def all_finite(direction: Sequence[Tensor]) -> bool:
 
 
 def _rows(block: Tensor) -> Tensor:
-    return block if block.ndim == 2 else block.reshape(block.shape[0], -1)
+    return block if block.ndim == 2 else block.reshape(len(block), block.numel() // len(block))
 
 
 def _slices(rows: Tensor, width: int) -> tuple[Tensor, ...]:

@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge
 
 from mogb.base import Aggregator, JacobianAggregator, Solution, needs_losses
 from mogb.engines.distributed import GroupChoice, Ranks, SharedRows, find_ranks, is_sharded, local_part, sharded_like
-from mogb.engines.graph import reached_leaves
+from mogb.engines.graph import reached_leaves, reaches
 from mogb.engines.losses import Losses, as_losses, as_parameters
 from mogb.engines.report import Report, make_report
 from mogb.errors import NonFiniteError
@@ -43,7 +43,7 @@ def backward(
     params: nn.Module | Iterable[Tensor] | None,
     aggregator: Aggregator,
     *,
-    num_samples: float | None = None,
+    num_samples: int | float | None = None,
     process_group: GroupChoice = "default",
     retain_graph: bool = False,
 ) -> Report:
@@ -113,19 +113,19 @@ def make_plan(losses: Losses, params: nn.Module | Iterable[Tensor] | None) -> Pl
     Raises:
         ValueError: A loss that reaches none of the parameters.
     """
-    leaves, reached = reached_leaves(losses.roots)
     if params is not None:
         shared = as_parameters(params)
-        wanted = {id(param) for param in shared}
         if any(is_sharded(param) for param in shared):  # their graph holds the gathered parameters, not the shards
             return Plan(shared, ((),) * len(losses))
-        for index, mine in enumerate(reached):
-            if not mine & wanted:
+        wanted = frozenset(id(param) for param in shared)
+        for index, root in enumerate(losses.roots):
+            if not reaches(root, wanted):
                 raise ValueError(
                     f"{losses.describe(index)} does not depend on any of the {len(shared)} parameters in params: leave "
                     "it out, or pass the parameters that it depends on."
                 )
         return Plan(shared, ((),) * len(losses))
+    leaves, reached = reached_leaves(losses.roots)
     counts = {id(leaf): sum(id(leaf) in mine for mine in reached) for leaf in leaves}
     for leaf in leaves:
         if leaf.is_complex():
@@ -162,7 +162,8 @@ def weighted_backward(losses: Losses, plan: Plan, solution: Solution, ranks: Ran
         updates += _present(plan.own[k], _gradient(losses, k, plan.own[k], keep, ranks.share))
     ranks.average([grad for param, grad in updates if not is_sharded(param)])
     if ranks.any(not all_finite([local_part(grad) for _, grad in updates])):
-        raise NonFiniteError("gradient", _guilty(losses, plan), None)
+        guilty = _guilty(losses, plan)
+        raise NonFiniteError("gradient", guilty, losses.label(guilty))
     _add(updates)
     return bool(targets) + len(muted)
 
@@ -182,7 +183,8 @@ def _balanced_backward(
         )
     jacobian, own = _rows(losses, plan, ranks, retain_graph)
     if not all_finite([grad for _, grad in own]):
-        raise NonFiniteError("gradient", _first_bad(own, plan), None)
+        guilty = _first_bad(own, plan)
+        raise NonFiniteError("gradient", guilty, losses.label(guilty))
     if not plan.shared:
         _add(own)
         solution = Solution(np.ones(len(losses)), note="no parameter is shared: every gradient is plain")
@@ -192,7 +194,7 @@ def _balanced_backward(
             jacobian, values if needs_losses(aggregator) else np.ones(len(losses))
         )
     except NonFiniteError as error:
-        raise NonFiniteError(error.what, error.index, losses.label(error.index or 0)) from None
+        raise NonFiniteError(error.what, error.index, losses.label(error.index)) from None
     _add(own + list(zip(plan.shared, direction, strict=True)))
     return make_report(
         values,
@@ -275,15 +277,20 @@ def _add(updates: Iterable[tuple[Tensor, Tensor]]) -> None:
 
 
 def _guilty(losses: Losses, plan: Plan) -> int | None:
-    """Which loss alone has a non-finite gradient; asked only after a combined gradient turned out to be bad."""
+    """Which loss has the bad gradient; asked only after a combined one turned out to be bad, and then by elimination.
+
+    Losses whose part of the graph is still whole are differentiated again. Of the others, one alone must be it.
+    """
+    suspects = []
     for k in range(len(losses)):
         try:
             grads = _gradient(losses, k, plan.shared + plan.own[k], retain_graph=True)
-        except RuntimeError:  # the graph is gone: the culprit can't be told any more
-            return None
-        if not all_finite([grad for grad in grads if grad is not None]):
-            return k
-    return None
+        except RuntimeError:
+            suspects.append(k)
+        else:
+            if not all_finite([local_part(grad) for grad in grads if grad is not None]):
+                return k
+    return suspects[0] if len(suspects) == 1 else None
 
 
 def _first_bad(own: Sequence[tuple[Tensor, Tensor]], plan: Plan) -> int | None:

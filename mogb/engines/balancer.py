@@ -5,7 +5,6 @@ Shapes: K = objectives.
 
 from collections.abc import Iterable, Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -72,7 +71,7 @@ class Balancer:
         self,
         losses: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
         *,
-        num_samples: float | None = None,
+        num_samples: int | float | None = None,
         retain_graph: bool = False,
     ) -> Report:
         """One training step's backward. A call that fails changes neither ``.grad`` nor the balancer.
@@ -129,7 +128,7 @@ class Balancer:
         self,
         losses: Tensor | Sequence[Tensor] | Mapping[str, Tensor],
         solution: Solution,
-        num_samples: float | None,
+        num_samples: int | float | None,
         retain_graph: bool,
     ) -> Report:
         found = as_losses(losses)
@@ -146,4 +145,4 @@ class Balancer:
 
 def _remembered(report: Report) -> Solution:
     assert report.weights is not None
-    return Solution(np.array(report.weights), left_out=report.left_out)
+    return Solution(report.weights.numpy().copy(), left_out=report.left_out)

@@ -88,7 +88,7 @@ class Ranks:
         )
 
 
-def find_ranks(process_group: GroupChoice, num_samples: float | None) -> Ranks:
+def find_ranks(process_group: GroupChoice, num_samples: int | float | None) -> Ranks:
     """The ranks that take part, from the two arguments of :func:`mogb.backward`.
 
     Raises:

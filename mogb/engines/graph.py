@@ -3,11 +3,16 @@
 Shapes: K = objectives.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+
+def reaches(root: Tensor | GradientEdge, wanted: frozenset[int]) -> bool:
+    """Whether a root depends on any of the leaves with these ids. Depth first, so that the first one found ends it."""
+    return any(id(leaf) in wanted for leaf in _leaves_below(root))
 
 
 def reached_leaves(roots: Sequence[Tensor | GradientEdge]) -> tuple[list[Tensor], list[frozenset[int]]]:
@@ -15,17 +20,16 @@ def reached_leaves(roots: Sequence[Tensor | GradientEdge]) -> tuple[list[Tensor]
     leaves: dict[int, Tensor] = {}
     reached = []
     for root in roots:
-        edge = root if isinstance(root, GradientEdge) else get_gradient_edge(root)
-        mine = _leaves_below(edge.node)
+        mine = {id(leaf): leaf for leaf in _leaves_below(root)}
         leaves.update(mine)
         reached.append(frozenset(mine))
     return list(leaves.values()), reached
 
 
-def _leaves_below(root: Any) -> dict[int, Tensor]:
-    leaves: dict[int, Tensor] = {}
+def _leaves_below(root: Tensor | GradientEdge) -> Iterator[Tensor]:
+    edge = root if isinstance(root, GradientEdge) else get_gradient_edge(root)
     seen = set()
-    todo = [root]
+    todo: list[Any] = [edge.node]
     while todo:
         node = todo.pop()
         if node is None or node in seen:
@@ -33,6 +37,5 @@ def _leaves_below(root: Any) -> dict[int, Tensor]:
         seen.add(node)
         variable = getattr(node, "variable", None)
         if variable is not None:
-            leaves[id(variable)] = variable
+            yield variable
         todo.extend(child for child, _ in node.next_functions)
-    return leaves

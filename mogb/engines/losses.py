@@ -37,9 +37,9 @@ class Losses:
         """The loss values: one transfer from the device."""
         return torch.stack([scalar.detach().double() for scalar in self.scalars]).cpu().numpy()
 
-    def label(self, index: int) -> str | None:
+    def label(self, index: int | None) -> str | None:
         """The name of an objective, if it has one."""
-        return None if self.names is None else self.names[index]
+        return None if self.names is None or index is None else self.names[index]
 
     def describe(self, index: int) -> str:
         """How an error message calls an objective."""

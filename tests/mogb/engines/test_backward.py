@@ -172,6 +172,17 @@ class TestBadInput:
         assert caught.value.index == 1
         assert point.grad is None
 
+    def test_a_freed_graph_hides_which_of_several_losses_was_bad_and_says_so(self):
+        point = torch.zeros(2, requires_grad=True)
+        losses = [point.square().sum(), point.sqrt().sum()]
+        with pytest.raises(mogb.NonFiniteError, match="retain_graph=True") as caught:
+            mogb.backward(losses, [point], mogb.make("weighted_sum"))
+        assert caught.value.index is None
+        losses = [point.square().sum(), point.sqrt().sum()]
+        with pytest.raises(mogb.NonFiniteError, match="objective 1"):
+            mogb.backward(losses, [point], mogb.make("weighted_sum"), retain_graph=True)
+        assert point.grad is None
+
     def test_a_loss_that_reaches_no_parameter_is_named(self):
         point, losses = two_bowls()
         other = torch.ones(2, requires_grad=True)
@@ -190,11 +201,11 @@ class TestBadInput:
             (["loss"], TypeError, "must be a tensor"),
         ],
     )
-    def test_losses_of_the_wrong_kind(self, losses, error, message):
+    def test_losses_of_the_wrong_kind(self, losses, error, message, untyped):
         with pytest.raises(error, match=message):
             mogb.backward(losses, [torch.ones(2, requires_grad=True)], mogb.make("mgda"))
 
-    def test_parameters_of_the_wrong_kind(self):
+    def test_parameters_of_the_wrong_kind(self, untyped):
         point, losses = two_bowls()
         agg = mogb.make("mgda")
         with pytest.raises(ValueError, match="none requires a gradient"):

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 import mogb
 
-METHODS = [name for name in mogb.registered() if mogb.make(name).reads in ("gramian", "losses")]
+FAST = ("weighted_sum", "mgda", "pcgrad", "nash_mtl", "marble")
 SIZES = (3, 5, 2, 6)  # samples of each rank; their mean is no mean of means
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
 
@@ -95,9 +95,9 @@ def launch(world, work, *args):
         return [torch.load(pathlib.Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world)]
 
 
-def train(rank, world, folder, form):
+def train(rank, world, folder, form, names):
     found = {}
-    for name in METHODS:
+    for name in names:
         net, aggregator = wrapped(form), mogb.make(name)
         inputs, targets = mine(rank, world)
         for _ in range(2):
@@ -108,14 +108,25 @@ def train(rank, world, folder, form):
     torch.save(found, folder / f"{rank}.pt")
 
 
-@pytest.mark.parametrize(("form", "world"), [("plain", 2), ("ddp", 2), ("fsdp", 2), ("ddp", 4), ("fsdp", 4)])
-def test_ranks_with_uneven_batches_equal_one_process(form, world):
-    results = launch(world, train, form)
-    for name in METHODS:
+def check_against_one_process(form, world, names):
+    results = launch(world, train, form, names)
+    for name in names:
         expected, weights = alone(name, world)
         for result in results:
             assert_close(result[name][0], expected, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
             assert torch.equal(result[name][1], results[0][name][1]), f"{name}: weights differ between ranks"
+
+
+@pytest.mark.parametrize("form", ["plain", "ddp", "fsdp"])
+def test_ranks_with_uneven_batches_equal_one_process(form):
+    check_against_one_process(form, 2, FAST)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "world"), [("ddp", 2), ("fsdp", 2), ("ddp", 4), ("fsdp", 4)])
+def test_every_gramian_method_equals_one_process(form, world):
+    names = [name for name in mogb.registered() if mogb.make(name).reads == "gramian"]
+    check_against_one_process(form, world, names)
 
 
 def add_up(rank, world, folder):
