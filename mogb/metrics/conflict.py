@@ -47,10 +47,7 @@ def magnitude_similarity(jacobian: Float[Array, "K N"]) -> Float64[np.ndarray, "
     Raises:
         ValueError: A wrong shape, NaN or Inf.
     """
-    norms = np.linalg.norm(as_array(jacobian, "jacobian", "K N"), axis=1)
-    largest = np.maximum(norms[:, None], norms)
-    with np.errstate(invalid="ignore"):
-        ratio = np.minimum(norms[:, None], norms) / largest
+    ratio = _norm_ratios(as_array(jacobian, "jacobian", "K N"))
     return 2 * ratio / (1 + ratio**2)
 
 
@@ -65,11 +62,10 @@ def curvature(jacobian: Float[Array, "K N"]) -> Float64[np.ndarray, "K K"]:
         ValueError: A wrong shape, NaN or Inf.
     """
     rows = as_array(jacobian, "jacobian", "K N")
-    gramian = rows @ rows.T
-    squares = gramian.diagonal()[:, None] + gramian.diagonal()
+    cosine, ratio = cosines(rows), _norm_ratios(rows)
+    twice = 2 * ratio * cosine
     with np.errstate(invalid="ignore", divide="ignore"):
-        ratio = (squares - 2 * gramian) / (squares + 2 * gramian)
-        measure = (1 - cosines(rows) ** 2) * ratio
+        measure = (1 - cosine**2) * (1 + ratio**2 - twice) / (1 + ratio**2 + twice)
     return np.where(np.isfinite(measure), measure, np.nan)
 
 
@@ -141,6 +137,15 @@ def harmony(directions: Float[Array, "T N"], gradients: Float[Array, "T K N"], *
         worst=float(smallest.min()),
         cosines=table,
     )
+
+
+def _norm_ratios(rows: Float64[np.ndarray, "K N"]) -> Float64[np.ndarray, "K K"]:
+    """The shorter over the longer norm of every pair; NaN where both are zero."""
+    largest = np.abs(rows).max(1, initial=0.0)
+    scaled = np.divide(rows, largest[:, None], out=np.zeros_like(rows), where=largest[:, None] > 0)
+    norms = largest * np.linalg.norm(scaled, axis=1)
+    with np.errstate(invalid="ignore"):
+        return np.minimum(norms[:, None], norms) / np.maximum(norms[:, None], norms)
 
 
 def _units(rows: Float64[np.ndarray, "... N"]) -> Float64[np.ndarray, "... N"]:

@@ -134,12 +134,11 @@ class Multitask(Problem, name="multitask"):
         error = hidden @ heads.mT + offsets[:, None] - targets  # [S, B, K]
         pull = (2 / self.samples) * scales * error
         back = pull.mT[..., None] * (1 - hidden.square())[:, None] * heads[:, :, None]  # [S, K, B, H]
-        count, k = len(x), self.objectives
-        own = torch.eye(k, dtype=torch.float64)  # a loss touches its own head alone
+        own = torch.eye(self.objectives, dtype=torch.float64)  # a loss touches its own head alone
         blocks = [
-            (back.mT @ inputs).reshape(count, k, -1),
+            (back.mT @ inputs).flatten(2),
             back.sum(2),
-            (own[:, :, None] * (pull.mT @ hidden)[:, :, None]).reshape(count, k, -1),
+            (own[:, :, None] * (pull.mT @ hidden)[:, :, None]).flatten(2),
             own * pull.sum(1)[:, :, None],
         ]
         return scales * error.square().mean(1), torch.cat(blocks, dim=2)
