@@ -10,7 +10,7 @@ Shapes: K = variables, P = problems with one matrix M in common.
 
 import numpy as np
 from jaxtyping import Bool, Float64
-from scipy.linalg.lapack import dposv
+from scipy.linalg.lapack import dposv, dpotrf, dpotrs
 from scipy.optimize import nnls
 
 from mogb.solvers.scaling import EPS
@@ -19,6 +19,7 @@ from mogb.solvers.scaling import EPS
 PATIENCE = 3
 # Steps of :func:`descend`, which is only ever the second choice, that are worth their time.
 DESCENT = 200
+RIDGE = 1e-9
 
 
 def least_squares(
@@ -98,16 +99,14 @@ def block_pivoting(
         for row, chosen in enumerate(support):
             index = chosen.nonzero()[0]
             if index.size:
-                _, solution, info = dposv(matrix[index[:, None], index], targets[rows[row], index])
-                trial[row, index] = solution
-                regular[row] = info == 0
+                trial[row, index], regular[row] = _solve(matrix[index[:, None], index], targets[rows[row], index])
         tolerance = 16 * EPS * (1 + np.abs(trial).sum(axis=1, keepdims=True))
         wrong = np.where(support, trial, trial @ matrix - targets[rows]) < -tolerance
         count = wrong.sum(axis=1)
         done = regular & (count == 0)
         points[rows[done]] = np.maximum(trial[done], 0.0)
         solved[rows[done]] = True
-        keep = regular & ~done
+        keep = regular & ~done & (patience[rows] > -PATIENCE)
         if not keep.any():
             break
         rows, support, wrong, count = rows[keep], support[keep], wrong[keep], count[keep]
@@ -118,3 +117,16 @@ def block_pivoting(
             wrong[row, : wrong[row].nonzero()[0][-1]] = False
         support = support ^ wrong
     return points, solved
+
+
+def _solve(
+    matrix: Float64[np.ndarray, "A A"], target: Float64[np.ndarray, " A"]
+) -> tuple[Float64[np.ndarray, " A"], bool]:
+    """The solution; of a singular system the shortest one, by a small ridge that two corrections take out again."""
+    _, solution, info = dposv(matrix, target)
+    if info != 0:
+        triangle, info = dpotrf(matrix + RIDGE * np.eye(len(target)))
+        solution = np.zeros_like(target)
+        for _ in range(3):
+            solution = solution + dpotrs(triangle, target - matrix @ solution)[0]
+    return solution, info == 0

@@ -114,13 +114,9 @@ def _active_set(
     images = points.dot(-rows.T)
     for row in left:
         found = least_squares(rows, images[row], max_steps)
-        if found is not None:
-            multipliers[row] = found
-    residuals = _residuals(cosines, targets, multipliers)
-    for row in (residuals > TOLERANCE).nonzero()[0]:
-        found, _ = descend(cosines, targets[row], multipliers[row], min(max_steps, DESCENT))
-        if _residuals(cosines, targets[row], found) < residuals[row]:
-            multipliers[row] = found
+        if found is None:
+            found, _ = descend(cosines, targets[row], multipliers[row], min(max_steps, DESCENT))
+        multipliers[row] = found
     return multipliers, error
 
 

@@ -82,12 +82,11 @@ def _many(gramian: Float64[np.ndarray, "K K"], max_steps: int) -> MinNorm:
     norms, cosines = unit_diagonal(gramian)
     relative = norms[norms.argmin()] / norms
     rows, error = factor(cosines)
-    size = len(norms)
-    system = np.empty((size + 1, size))
-    system[:size] = rows
-    system[size] = relative
-    target = np.zeros(size + 1)
-    target[size] = 1.0
+    system = np.empty((len(rows) + 1, len(norms)))
+    system[:-1] = rows
+    system[-1] = relative
+    target = np.zeros(len(system))
+    target[-1] = 1.0
     scaled = least_squares(system, target, max_steps)
     if scaled is None:
         scaled = (relative == 1.0) / np.count_nonzero(relative == 1.0)

@@ -4,7 +4,7 @@ With :math:`S = \mathrm{diag}(\|g_1\|, \dots, \|g_K\|)` the Gramian is :math:`G 
 between the gradients. A solver that sees C alone, and the norms only as ratios, is blind to the scale of the losses,
 and differences between the gradients' norms cost it no digits.
 
-Shapes: K = objectives.
+Shapes: K = objectives, R = rank of the Gramian.
 """
 
 import numpy as np
@@ -34,15 +34,16 @@ def unit_diagonal(
     return norms, cosines
 
 
-def factor(cosines: Float64[np.ndarray, "K K"]) -> tuple[Float64[np.ndarray, "K K"], float]:
+def factor(cosines: Float64[np.ndarray, "K K"]) -> tuple[Float64[np.ndarray, "R K"], float]:
     """A matrix F with F^T F = C, and the largest entry of F^T F - C.
 
     Its columns are the unit gradients in coordinates of their own span. By Cholesky where C is positive definite, and
-    by its eigenvectors otherwise; negative eigenvalues, which only rounding can cause, then count as zero.
+    by its eigenvectors otherwise; then eigenvalues that are zero up to rounding, negative ones included, are left out.
     """
     triangle, info = dpotrf(cosines, clean=1)
     if info == 0:
         return triangle, 0.0
     values, vectors = np.linalg.eigh(cosines)
-    rows = np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T
+    kept = values > len(values) * EPS * values[-1]
+    rows = np.sqrt(values[kept])[:, None] * vectors[:, kept].T
     return rows, float(np.abs(rows.T @ rows - cosines).max())
