@@ -104,7 +104,7 @@ def _active_set(
 ) -> tuple[Float64[np.ndarray, "P K"], float]:
     """The multipliers, and how far the factor that they were found with is from the cosines."""
     multipliers = np.zeros_like(points)
-    left = range(len(points))
+    left = np.arange(len(points))
     if len(cosines) >= MANY:
         multipliers, solved = block_pivoting(cosines, targets, min(max_steps, 100))
         left = (~solved).nonzero()[0]
