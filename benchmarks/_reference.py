@@ -53,27 +53,30 @@ def dualproj(jacobian: np.ndarray) -> np.ndarray:
 
 
 def fairgrad(jacobian: np.ndarray, alpha: float = 1.0) -> np.ndarray:
-    r"""The fixed point :math:`G w = w^{-1/\alpha}`, by Newton's method in the logarithms of the scaled weights."""
+    r"""The fixed point :math:`G w = w^{-1/\alpha}`: the minimum of a convex barrier, by damped Newton steps."""
     cosines, norms = unit_gramian(jacobian)
     power = WIDE(1) / WIDE(alpha)
     pull = norms ** (power - 1)
-    logs = np.zeros(len(norms), WIDE)
 
-    def excess(logs: np.ndarray) -> np.ndarray:
-        scaled = np.exp(logs)
-        return cosines @ scaled / (pull * scaled**-power) - 1
+    def barrier(u: np.ndarray) -> np.longdouble:
+        gain = np.log(u) if power == 1 else u ** (1 - power) / (1 - power)
+        return u @ cosines @ u / 2 - pull @ gain
 
-    for _ in range(500):
-        scaled = np.exp(logs)
-        error = excess(logs)
-        if np.abs(error).max() < 1e-17:
+    u = (pull / WIDE(len(norms))) ** (1 / (1 + power))
+    for _ in range(2000):
+        target = pull * u**-power
+        slope = cosines @ u - target
+        if np.abs(slope / target).max() < 1e-16:
             break
-        target = pull * scaled**-power
-        slope = cosines * scaled[None, :] / target[:, None] + np.diag(power * (error + 1))
-        step = -_solve(slope, error)
-        step *= min(WIDE(1), 1 / np.abs(step).max())
-        logs = logs + step
-    return np.exp(logs) / norms
+        step = -_solve(cosines + np.diag(power * target / u), slope)
+        length = min(WIDE(1), WIDE(0.9) / max(-(step / u).min(), WIDE(1e-9)))
+        before = barrier(u)
+        while length > 1e-12 and barrier(u + length * step) > before and np.abs(slope / target).max() > 1e-8:
+            length /= 2
+        u = u + length * step
+    if np.abs(slope / target).max() > 1e-9:
+        raise ArithmeticError("The reference solver found no fixed point.")
+    return u / norms
 
 
 def nash_mtl(jacobian: np.ndarray) -> np.ndarray:
