@@ -8,12 +8,17 @@ On the right support the solution is that of a linear system, so that nothing is
 Shapes: K = variables, P = problems with one matrix M in common.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from jaxtyping import Bool, Float64
 from scipy.linalg.lapack import dposv, dpotrf, dpotrs
 from scipy.optimize import nnls
 
 from mogb.solvers.scaling import EPS
+
+Move = tuple[np.ndarray, bool]
+Slack = tuple[np.ndarray, float]
 
 # Rounds of block pivoting without progress before single variables are exchanged.
 PATIENCE = 3
@@ -32,23 +37,31 @@ def least_squares(
         return None
 
 
-def descend(
-    matrix: Float64[np.ndarray, "K K"],
-    target: Float64[np.ndarray, " K"],
-    start: Float64[np.ndarray, " K"],
+def search_supports(
+    point: Float64[np.ndarray, " K"],
+    toward: Callable[[np.ndarray, np.ndarray], Move],
+    slack: Callable[[np.ndarray], Slack],
     max_steps: int,
 ) -> tuple[Float64[np.ndarray, " K"], int]:
-    """The method of Lawson and Hanson on M itself, from a feasible start; also returns the number of steps.
+    """Minimizes a convex function over non-negative variables, as Lawson and Hanson do; also counts the steps.
 
-    Slower than :func:`least_squares`, but it needs no factor of M, so that it also answers to the digits of a matrix
-    that rounding has made slightly indefinite; and what it has when its steps are used up is still a feasible point.
+    Every step goes to the minimum over the variables that are in the support, or as far as they stay non-negative;
+    then the variable enters that promises most. The function falls all the way, so that what there is when the steps
+    are used up is the best point so far.
+
+    Args:
+        point: A feasible start.
+        toward: Gives, for a support and the point on it, the move to the minimum over the support, and whether there
+            is one. If not, the function falls along the move for ever.
+        slack: Gives the partial derivatives that must not be negative, and what rounding may make of them.
+        max_steps: Changes of the support.
     """
-    point, support = start, start > 0
+    support = point > 0
     for step in range(max_steps):
         index = support.nonzero()[0]
         move = np.zeros_like(point)
-        move[index], curved = _toward_minimum(matrix[index[:, None], index], target[index], point[index])
-        falling = (move < 0) & (point + move <= 0) if curved else move < 0
+        move[index], bounded = toward(index, point[index])
+        falling = (move < 0) & (point + move <= 0) if bounded else move < 0
         if falling.any():
             blocking = falling.nonzero()[0]
             ratios = point[blocking] / -move[blocking]
@@ -56,25 +69,42 @@ def descend(
             point[blocking[ratios.argmin()]] = 0.0
             support = point > 0
             continue
-        if curved:
-            point = point + move
-        slack = np.where(support, 0.0, matrix @ point - target)
-        entering = int(slack.argmin())
-        if not curved or slack[entering] >= -4 * EPS * (1 + point.sum()):
+        if not bounded:
+            return point, step
+        point = point + move
+        slopes, rounding = slack(point)
+        slopes[index] = 0.0
+        entering = int(slopes.argmin())
+        if slopes[entering] >= -rounding:
             return point, step + 1
         support[entering] = True
     return point, max_steps
 
 
-def _toward_minimum(
-    matrix: Float64[np.ndarray, "A A"], target: Float64[np.ndarray, " A"], point: Float64[np.ndarray, " A"]
-) -> tuple[Float64[np.ndarray, " A"], bool]:
-    """The step to the minimum over the support; or, where there is none, a direction without curvature, and False."""
-    _, goal, info = dposv(matrix, target)
-    if info == 0:
-        return goal - point, True
-    direction = np.linalg.eigh(matrix)[1][:, 0]
-    return (direction if direction @ (matrix @ point - target) <= 0 else -direction), False
+def descend(
+    matrix: Float64[np.ndarray, "K K"],
+    target: Float64[np.ndarray, " K"],
+    start: Float64[np.ndarray, " K"],
+    max_steps: int,
+) -> tuple[Float64[np.ndarray, " K"], int]:
+    """The method of Lawson and Hanson on M itself; returns the point and the number of steps.
+
+    Slower than :func:`least_squares`, but it needs no factor of M, so that it also answers to the digits of a matrix
+    that rounding has made slightly indefinite.
+    """
+
+    def toward(index: np.ndarray, point: np.ndarray) -> Move:
+        block = matrix[index[:, None], index]
+        _, goal, info = dposv(block, target[index])
+        if info == 0:
+            return goal - point, True
+        direction = np.linalg.eigh(block)[1][:, 0]  # no curvature: a straight way down
+        return (-direction if direction @ (block @ point - target[index]) > 0 else direction), False
+
+    def slack(point: np.ndarray) -> Slack:
+        return matrix @ point - target, 4 * EPS * (1 + float(point.sum()))
+
+    return search_supports(start, toward, slack, max_steps)
 
 
 def block_pivoting(
