@@ -3,16 +3,19 @@
 Shapes: B = samples.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from mogb.engines.per_sample.attention import AttentionRule
 from mogb.engines.per_sample.local import LocalRule
-from mogb.engines.per_sample.rules import Site, find_rule
-from mogb.engines.per_sample.taps import Hub, ModuleHook, PreHook, tap
+from mogb.engines.per_sample.rules import Rule, Site, find_rule
+from mogb.engines.per_sample.taps import CopyableHook, Hub, tap
+
+# Modules that use parameters of modules inside without calling those.
+UNITS: dict[type[nn.Module], Rule] = {nn.MultiheadAttention: AttentionRule()}
 
 
 class Attachment:
@@ -25,8 +28,15 @@ class Attachment:
         unsupported: Parameters that no tapped layer owns, and why.
     """
 
-    def __init__(self, model: nn.Module, params: Sequence[Tensor], batch_dim: int | Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Sequence[Tensor],
+        batch_dim: int | Mapping[str, int],
+        units: Iterable[type[nn.Module]],
+    ) -> None:
         self.model = model
+        self.units = tuple(units)
         self.params = params
         self.batch_dim = {"": batch_dim} if isinstance(batch_dim, int) else {"": 0, **batch_dim}
         self.hub = Hub()
@@ -50,10 +60,7 @@ class Attachment:
     def attach(self) -> None:
         """Puts the hooks in place."""
         for site in self.sites.values():
-            if site.rule.casts:
-                self._handles.append(site.module.register_forward_pre_hook(_CastHook(self.hub)))
-            hook = _SiteHook(self.hub, site)
-            self._handles.append(site.module.register_forward_hook(hook, prepend=True, with_kwargs=True))
+            self._handles += site.rule.install(self.hub, site)
         self._handles.append(self.model.register_forward_hook(_BoundaryHook(self.hub), with_kwargs=True))
 
     def detach(self) -> None:
@@ -61,6 +68,14 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def tokens(self) -> float:
+        """How many tokens a sample has, on average over the tapped parameters."""
+        total = weighted = 0
+        for name, tokens in self.hub.tokens.items():
+            size = sum(self.params[self.slots[name, key]].numel() for key in self.sites[name].wanted)
+            total, weighted = total + size, weighted + tokens * size
+        return weighted / max(1, total)
 
     def replaced(self) -> str | None:
         """The name of a parameter that was exchanged or frozen since the layers were found."""
@@ -85,39 +100,35 @@ class Attachment:
                 continue
             own = [key for key, param in module._parameters.items() if id(param) in index]
             every = [key for key, param in module.named_parameters() if id(param) in index]
-            rule = find_rule(module, own) if own and not _is_unit(module) else None
-            if _is_unit(module) and every:
-                own, rule = every, LocalRule()
+            if every and self._is_unit(module):
                 done += (name + "." if name else "",)
-            elif own and rule is None and len(own) == len(every):
-                rule = LocalRule()
-            if rule is not None and own:
-                self._add(Site(name, module, self.dim(name), tuple(own), rule), index)
+                self._add(name, module, every, find_rule(module, every, UNITS) or LocalRule(), index)
+            elif own and (rule := find_rule(module, own)) is not None:
+                self._add(name, module, own, rule, index)
+            elif own and len(own) == len(every):
+                self._add(name, module, own, LocalRule(), index)
             else:
                 for key in own:
                     self.unsupported[index[id(module._parameters[key])]] = (
-                        f"it belongs to {name or 'the model itself'!r}, which also holds layers with parameters"
+                        f"it belongs to {repr(name) if name else 'the model itself'}, which also holds layers with "
+                        "parameters"
                     )
         covered = set(self.slots.values())
         for n in range(len(self.params)):
             if n not in covered:
                 self.unsupported.setdefault(n, "it belongs to no module of the model")
 
-    def _add(self, site: Site, index: dict[int, int]) -> None:
-        self.sites[site.name] = site
-        for key in site.wanted:
-            self.slots[site.name, key] = index[id(site.module.get_parameter(key))]
+    def _is_unit(self, module: nn.Module) -> bool:
+        """Whether parameters of modules inside are used without calling those."""
+        return isinstance(module, (*UNITS, *self.units)) or hasattr(module, "parametrizations")
+
+    def _add(self, name: str, module: nn.Module, wanted: Sequence[str], rule: Rule, index: dict[int, int]) -> None:
+        self.sites[name] = Site(name, module, self.dim(name), tuple(wanted), rule)
+        for key in wanted:
+            self.slots[name, key] = index[id(module.get_parameter(key))]
 
 
-class _SiteHook(ModuleHook):
-    def __init__(self, hub: Hub, site: Site) -> None:
-        self.hub, self.site = hub, site
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        return self.site.rule.tap(self.hub, self.site, args, kwargs, output) if self.hub.active else None
-
-
-class _BoundaryHook(ModuleHook):
+class _BoundaryHook(CopyableHook):
     """Marks what the model returns, so that the cotangents of different terms can be compared there."""
 
     def __init__(self, hub: Hub) -> None:
@@ -128,26 +139,6 @@ class _BoundaryHook(ModuleHook):
 
     def _mark(self, tensor: Tensor) -> Tensor:
         return tap(self.hub, None, [tensor], [])[0] if tensor.requires_grad else tensor
-
-
-class _CastHook(PreHook):
-    """Casts the input as autocast would inside of the layer: the layer and the tap then keep the same tensor."""
-
-    def __init__(self, hub: Hub) -> None:
-        self.hub = hub
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
-        if not args or not self.hub.active or not isinstance(args[0], Tensor):
-            return None
-        inputs, device = args[0], args[0].device.type
-        if not torch.is_autocast_enabled(device) or inputs.dtype == torch.float64 or not inputs.is_floating_point():
-            return None
-        return (inputs.to(torch.get_autocast_dtype(device)), *args[1:])
-
-
-def _is_unit(module: nn.Module) -> bool:
-    """Whether parameters of modules inside are used without calling those."""
-    return isinstance(module, nn.MultiheadAttention) or hasattr(module, "parametrizations")
 
 
 def _names(model: nn.Module, params: Sequence[Tensor]) -> list[str]:

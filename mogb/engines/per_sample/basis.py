@@ -4,7 +4,8 @@ Sample i sends J cotangents :math:`T_{ij} = \partial t_{ij} / \partial v_i` thro
 are parallel, one pass carries them all; in general, with rank R,
 
 .. math::  T_{ij} = \sum_{r=1}^{R} C_{ijr} U_{ir}, \qquad
-           g_k = \sum_r \sum_i \Bigl( \sum_j W_{kij} C_{ijr} \Bigr) \frac{\partial v_i}{\partial \theta}^{\!\top} U_{ir} .
+           g_k = \sum_r \sum_i \Bigl( \sum_j W_{kij} C_{ijr} \Bigr)
+                 \frac{\partial v_i}{\partial \theta}^{\!\top} U_{ir} .
 
 The basis is orthogonal sample by sample (Gram-Schmidt, largest cotangent first), so that no mixture cancels digits
 that a pass in low precision has lost. A cotangent counts as dependent only below rounding: what is dropped is not

@@ -1,6 +1,6 @@
 """The self-check: is a gradient that was put together from samples the one that autograd gives?
 
-A parameter passes if its deviation is small beside its own gradient, or is lost in the rounding of the largest ones.
+A parameter passes if its deviation is small beside its own gradient, or is lost in the rounding of the whole gradient.
 """
 
 from collections.abc import Sequence
@@ -8,34 +8,44 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# In units of rounding of the coarsest dtype: 2e-2 in float32 would hide real faults, so there is a cap as well.
-RELATIVE = 2e4
-NEGLIGIBLE = 64
-CAPS = (0.1, 2e-2)
+# How many roundings a parameter may be off, relative to its own gradient and to all of them; with caps, since half
+# precision would allow for anything.
+RELATIVE, LARGEST_RELATIVE = 2e4, 0.1
+NEGLIGIBLE, LARGEST_NEGLIGIBLE = 64, 2e-2
+
+Deviations = tuple[list[float], list[float]]  # for every parameter: how far off, and how large its gradient is
 
 
-def compare(
-    found: Sequence[Tensor], truth: Sequence[Tensor | None], names: Sequence[str], rounding: float
-) -> tuple[float, str]:
+def deviations(found: Sequence[Tensor], truth: Sequence[Tensor | None]) -> Deviations:
+    """Of a gradient from the true one; None in the truth is zero."""
+    exact = [torch.zeros_like(f) if t is None else t.detach().to(f.dtype) for f, t in zip(found, truth, strict=True)]
+    return [_norm(f - e) for f, e in zip(found, exact, strict=True)], [_norm(e) for e in exact]
+
+
+def norm_deviations(squares: Sequence[float], truth: Sequence[Tensor | None]) -> Deviations:
+    """Of the norms alone, where no gradient was formed."""
+    sizes = [0.0 if part is None else _norm(part.detach()) for part in truth]
+    return [abs(max(square, 0.0) ** 0.5 - size) for square, size in zip(squares, sizes, strict=True)], sizes
+
+
+def judge(found: Deviations, names: Sequence[str], rounding: float) -> tuple[float, str]:
     """The relative deviation over all parameters, and what is wrong; empty if nothing is.
 
     Args:
-        found: The gradient from samples.
-        truth: That of an ordinary backward pass; None where a parameter has no part in it.
+        found: The deviations.
         names: Of the parameters.
         rounding: The unit of rounding of the backward pass.
     """
-    exact = [torch.zeros_like(f) if t is None else t.detach().to(f.dtype) for f, t in zip(found, truth, strict=True)]
-    errors = [_norm(f - e) for f, e in zip(found, exact, strict=True)]
-    sizes = [_norm(e) for e in exact]
+    errors, sizes = found
     total = sum(size**2 for size in sizes) ** 0.5
-    relative, negligible = min(RELATIVE * rounding, CAPS[0]), min(NEGLIGIBLE * rounding, CAPS[1])
+    relative = min(RELATIVE * rounding, LARGEST_RELATIVE)
+    negligible = min(NEGLIGIBLE * rounding, LARGEST_NEGLIGIBLE) * total
     wrong = [
         n
         for n, (error, size) in enumerate(zip(errors, sizes, strict=True))
-        if not (error <= relative * size or error <= negligible * total)
+        if not (error <= relative * size or error <= negligible)
     ]
-    deviation = sum(error**2 for error in errors) ** 0.5 / total if total else float(max(errors, default=0) > 0)
+    deviation = sum(error**2 for error in errors) ** 0.5 / total if total else float(max(errors, default=0.0) > 0)
     if not wrong:
         return deviation, ""
     wrong.sort(key=lambda n: -errors[n])

@@ -44,11 +44,22 @@ class Contribution(ABC):
     def mix(self, weights: Float[Tensor, "K B"], rows: Float[Tensor, "K n"], *, add: bool) -> None:
         """Stores ``weights @ S`` in ``rows``, or adds it to them."""
 
-    def dense(self, dtype: torch.dtype, device: torch.device) -> Float[Tensor, "B n"]:
+    @property
+    @abstractmethod
+    def cotangent(self) -> Tensor:
+        """What is kept of the backward pass while S is not formed."""
+
+    def dense(self, dtype: torch.dtype) -> Float[Tensor, "B n"]:
         """S itself."""
-        rows = torch.empty(self.samples, self.size, dtype=dtype, device=device)
+        rows = torch.empty(self.samples, self.size, dtype=dtype, device=self.cotangent.device)
         self.write(rows, add=False)
         return rows
+
+    def compact(self) -> "Contribution":
+        """The same, in the form that needs less memory."""
+        if self.samples * self.size >= self.cotangent.numel():
+            return self
+        return Formed(self.dense(torch.promote_types(self.cotangent.dtype, torch.float32)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +67,10 @@ class Formed(Contribution):
     """Per-sample gradients that are there already: those of a bias, a scale, or from a layer's own derivative."""
 
     gradients: Float[Tensor, "B n"]
+
+    @property
+    def cotangent(self) -> Tensor:
+        return self.gradients
 
     @property
     def samples(self) -> int:  # type: ignore[override]
@@ -83,6 +98,10 @@ class Outer(Contribution):
     cotangents: Float[Tensor, "B T o"]
 
     @property
+    def cotangent(self) -> Tensor:
+        return self.cotangents
+
+    @property
     def samples(self) -> int:  # type: ignore[override]
         return self.cotangents.shape[0]
 
@@ -104,7 +123,7 @@ class Outer(Contribution):
             self._mix_single_tokens(weights, rows, add)
             return
         width = self.inputs.shape[2]
-        for start, stop in self._row_ranges():
+        for start, stop in self.row_ranges():
             formed = torch.bmm(self.cotangents[:, :, start:stop].mT, self.inputs).flatten(1)
             rows[:, start * width : stop * width].addmm_(weights, formed.to(rows.dtype), beta=int(add))
 
@@ -116,10 +135,11 @@ class Outer(Contribution):
         for weight, row in zip(weights, target, strict=True):
             row.addmm_(cotangents * weight, inputs, beta=int(add))
 
-    def _row_ranges(self) -> Iterator[tuple[int, int]]:
+    def row_ranges(self, copies: int = 1) -> Iterator[tuple[int, int]]:
+        """Ranges of rows of the matrix whose per-sample gradients are formed at once."""
         count = self.cotangents.shape[2]
         limit = CHUNK_CUDA if self.cotangents.is_cuda else CHUNK
-        step = max(1, limit // max(1, self.samples * self.inputs.shape[2]))
+        step = max(1, limit // max(1, copies * self.samples * self.inputs.shape[2]))
         return ((start, min(start + step, count)) for start in range(0, count, step))
 
 
@@ -132,12 +152,21 @@ class Lookup(Contribution):
     table_rows: int
 
     @property
+    def cotangent(self) -> Tensor:
+        return self.cotangents
+
+    @property
     def samples(self) -> int:  # type: ignore[override]
         return self.cotangents.shape[0]
 
     @property
     def size(self) -> int:  # type: ignore[override]
         return self.table_rows * self.cotangents.shape[2]
+
+    def compressed(self) -> "Lookup":
+        """The same without the rows of the table that nobody looked up: inner products do not need them."""
+        used, indices = torch.unique(self.indices, return_inverse=True)
+        return Lookup(indices, self.cotangents, len(used))
 
     def write(self, rows: Float[Tensor, "B n"], *, add: bool) -> None:
         target = rows.unflatten(1, (self.table_rows, -1))
@@ -173,6 +202,10 @@ class Windows(Contribution):
     cotangents: Float[Tensor, "Bm o L"]
     geometry: dict[str, Any]
     samples: int
+
+    @property
+    def cotangent(self) -> Tensor:
+        return self.cotangents
 
     @property
     def size(self) -> int:  # type: ignore[override]

@@ -11,24 +11,31 @@ Shapes: K = objectives, B = samples, J = terms, P = numbers in the parameters.
 """
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
+from mogb.base import Aggregator, JacobianAggregator, needs_losses
 from mogb.engines.losses import as_parameters
 from mogb.engines.per_sample.attachment import Attachment
-from mogb.engines.per_sample.check import compare
+from mogb.engines.per_sample.check import deviations, judge, norm_deviations
 from mogb.engines.per_sample.errors import PerSampleError, UnsupportedLayerError
-from mogb.engines.per_sample.passes import plan_passes, run_passes
+from mogb.engines.per_sample.gram import GramianStore, LateContributionError
+from mogb.engines.per_sample.passes import Basis, Passes, plan_passes, run_passes
 from mogb.engines.per_sample.problem import Problem, as_problem
 from mogb.engines.per_sample.rows import FactoredJacobian, RowStore, row_dtype
-from mogb.jacobian import Jacobian
+from mogb.engines.per_sample.tape import checkpoint
+from mogb.engines.report import Report, make_report
+from mogb.errors import NonFiniteError
+from mogb.jacobian import Jacobian, all_finite
 
+Coefficients = Float[Tensor, "K B J"] | Float[Tensor, "K B"] | np.ndarray
+Situation = frozenset[tuple[str, int]]
 Store = Literal["auto", "dense", "factored"]
 
 
@@ -41,10 +48,11 @@ class PerSampleReport:
         samples: B.
         terms: J.
         passes: Backward passes spent, that of the self-check included.
-        rank: Passes that the terms needed: J, or fewer where their cotangents are dependent.
-        store: ``"dense"`` for K rows, ``"factored"`` for ``rank * B`` rows and K combinations of them.
-        exact_passes: Whether K ordinary backward passes were used instead.
-        reason: Why, if so.
+        rank: Passes that the terms needed: J, or fewer where their cotangents are dependent. None where K ordinary
+            passes were used, because samples can't be told apart (see ``reason``) or because these are not more.
+        store: ``"dense"`` for K rows, ``"factored"`` for ``rank * B`` rows and K combinations of them, ``"gramian"``
+            where no rows were kept.
+        reason: Why samples can't be told apart; empty if they can.
         check_error: The relative deviation that the self-check found; None where it did not run.
     """
 
@@ -52,9 +60,8 @@ class PerSampleReport:
     samples: int
     terms: int
     passes: int
-    rank: int
+    rank: int | None
     store: str
-    exact_passes: bool = False
     reason: str = ""
     check_error: float | None = None
 
@@ -81,6 +88,8 @@ class PerSample:
         batch_dim: Which dimension of the layers' tensors counts the samples; a mapping from prefixes of module names
             to dimensions where that differs. A first dimension that is a multiple of B holds the rows of a sample
             behind one another, as after ``flatten(0, 1)``.
+        units: Types of modules that use parameters of modules inside without calling those modules; each is
+            differentiated sample by sample as a whole. MultiheadAttention and parametrized modules are known.
         self_check: ``"first"`` compares with an ordinary backward pass when layers or batch sizes are seen for the
             first time; ``"always"`` at every call; ``"off"`` never.
         on_failure: ``"exact"`` uses K ordinary backward passes from then on, with a warning; ``"error"`` raises.
@@ -109,6 +118,7 @@ class PerSample:
         params: nn.Module | Iterable[Tensor] | None = None,
         *,
         batch_dim: int | Mapping[str, int] = 0,
+        units: Iterable[type[nn.Module]] = (),
         self_check: Literal["first", "always", "off"] = "first",
         on_failure: Literal["exact", "error"] = "exact",
     ) -> None:
@@ -121,9 +131,10 @@ class PerSample:
         self.self_check = self_check
         self.on_failure = on_failure
         self.report: PerSampleReport | None = None
-        self._attachment = Attachment(model, self.params, batch_dim)
+        self._attachment = Attachment(model, self.params, batch_dim, units)
         self._verified: set[frozenset[tuple[str, int]]] = set()
         self._failure = ""
+        self._shared: set[int] = set()  # parameters that get contributions from several calls
 
     def attach(self) -> "PerSample":
         """Puts forward hooks on the layers. Forward passes from now on can be taken apart."""
@@ -146,12 +157,26 @@ class PerSample:
         """Parameters that no layer with a rule owns, and why. They are a problem only if a loss depends on them."""
         return {self._attachment.names[n]: reason for n, reason in self._attachment.unsupported.items()}
 
+    def checkpoint(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Calls a function or a module, keeps only its arguments, and computes it again in the backward pass.
+
+        A replacement of :func:`torch.utils.checkpoint.checkpoint` (which works as well, but computes again for every
+        pass): :meth:`gradients` computes each segment once more for all of its passes. Ordinary backward passes work,
+        also with ``autograd.grad``. Random numbers and autocast are repeated as they were.
+
+        Args:
+            function: A module, a method of one, or any function of the model's parameters.
+            args: Its arguments; tensors may be anywhere in nested lists, tuples and dicts.
+            kwargs: The same, by name.
+        """
+        return checkpoint(self._attachment.hub, self.model, function, *args, **kwargs)
+
     def gradients(
         self,
         terms: Tensor | Sequence[Tensor],
-        coefficients: Float[Tensor, "K B J"] | Float[Tensor, "K B"] | np.ndarray,
+        coefficients: Coefficients,
         *,
-        basis: Literal["auto", "terms"] | Float[Tensor, "R J"] = "auto",
+        basis: Basis = "auto",
         store: Store = "auto",
         add_to: Jacobian | None = None,
         retain_graph: bool = False,
@@ -177,44 +202,168 @@ class PerSample:
             ValueError: Terms and coefficients that don't fit, or are not finite.
             PerSampleError: The gradients can't be had sample by sample, and ``on_failure="error"``.
         """
-        problem = as_problem(terms, coefficients)
-        problem.losses()
+        step = self._prepare(terms, coefficients, basis)
+        problem, passes = step.problem, step.passes
         if add_to is not None:
             _check_rows(add_to, store, len(problem), self.params)
-        if reason := self._obstacle():
-            return self._exact(problem, reason, add_to, retain_graph)
+        if passes is None:
+            return self._exact(step, add_to, retain_graph)
+        needed = len(passes) * problem.samples
+        factored = store == "factored" or (store == "auto" and add_to is None and len(problem) > needed)
+        rows = RowStore(self.params, passes.mixing, factored=factored, rows=None if step.check else add_to)
+        keep = retain_graph or step.check
+        try:
+            rounding = run_passes(passes, self._attachment, problem.samples, rows, retain_graph=keep)
+        except UnsupportedLayerError as error:
+            return self._exact(self._give_up(step, str(error), keep or len(passes) > 1), add_to, retain_graph)
+        jacobian, deviation = rows.finish(), None
+        if step.check:
+            probe = jacobian.combine(np.eye(len(step.asked))[-1])
+            deviation, reason = judge(deviations(probe, self._probe(step)), self._attachment.names, rounding)
+            if reason:
+                return self._exact(self._give_up(step, reason), add_to, retain_graph)
+            self._verified.add(step.situation)
+            jacobian = _added(_without_probe(jacobian), add_to)
+        self._note(step, "factored" if factored else "dense", deviation)
+        return jacobian
+
+    def gramian(
+        self,
+        terms: Tensor | Sequence[Tensor],
+        coefficients: Coefficients,
+        *,
+        basis: Basis = "auto",
+    ) -> Float64[np.ndarray, "K K"]:
+        """The inner products of the K gradients, without the gradients.
+
+        Parameter by parameter, per-sample gradients are multiplied and dropped: nothing of the size of K gradients is
+        kept. :meth:`weighted_backward`, for which the graph is kept, then gives the direction in one more pass. The
+        arguments are those of :meth:`gradients`. Gramians of micro-batches do not add up to that of the batch: where
+        gradients accumulate, use :meth:`gradients`.
+
+        The self-check compares the norm of every parameter's gradient.
+        """
+        step = self._prepare(terms, coefficients, basis)
+        if step.passes is None:
+            return self._exact(step, None, retain_graph=True).gramian()
+        while True:
+            store = GramianStore(self.params, step.passes.mixing, frozenset(self._shared))
+            try:
+                rounding = run_passes(step.passes, self._attachment, step.problem.samples, store, retain_graph=True)
+                break
+            except LateContributionError as late:  # a layer was called again: from now on, wait for that
+                self._shared.add(late.index)
+            except UnsupportedLayerError as error:
+                return self._exact(self._give_up(step, str(error)), None, retain_graph=True).gramian()
+        gramian, deviation = store.gramian(), None
+        if step.check:
+            found = norm_deviations(store.squares, self._probe(step))
+            deviation, reason = judge(found, self._attachment.names, rounding)
+            if reason:
+                return self._exact(self._give_up(step, reason), None, retain_graph=True).gramian()
+            self._verified.add(step.situation)
+            gramian = gramian[:-1, :-1]
+        self._note(step, "gramian", deviation)
+        return gramian
+
+    def weighted_backward(
+        self,
+        terms: Tensor | Sequence[Tensor],
+        coefficients: Coefficients,
+        weights: Float[Tensor, " K"] | Float64[np.ndarray, " K"],
+        *,
+        retain_graph: bool = False,
+    ) -> None:
+        """Adds the gradient of ``sum_k weights[k] * L_k`` to every ``param.grad``: one ordinary backward pass.
+
+        Raises:
+            ValueError: Terms, coefficients and weights that don't fit.
+            NonFiniteError: NaN or Inf in the gradient. Every ``.grad`` is untouched.
+        """
+        problem = as_problem(terms, coefficients)
+        array = np.asarray(weights.detach().cpu() if isinstance(weights, Tensor) else weights, dtype=float)
+        if array.shape != (len(problem),):
+            raise ValueError(
+                f"weights must have one number per objective, {len(problem)}, but got the shape {list(array.shape)}."
+            )
+        seeds = problem.seeds(np.tensordot(array, problem.coefficients, 1))
+        grads = torch.autograd.grad(problem.outputs, self.params, seeds, retain_graph=retain_graph, allow_unused=True)
+        present = [(param, grad) for param, grad in zip(self.params, grads, strict=True) if grad is not None]
+        if not all_finite([grad for _, grad in present]):
+            raise NonFiniteError("direction", None)
+        _add_to_grads(present)
+
+    def backward(
+        self,
+        terms: Tensor | Sequence[Tensor],
+        coefficients: Coefficients,
+        aggregator: Aggregator,
+        *,
+        names: Sequence[str] | None = None,
+        basis: Basis = "auto",
+        rows: Literal["auto", "keep", "drop"] = "auto",
+        retain_graph: bool = False,
+    ) -> Report:
+        """Balances the K losses, and adds the direction to every ``param.grad``: :func:`mogb.backward` for terms.
+
+        Args:
+            terms: As in :meth:`gradients`.
+            coefficients: As in :meth:`gradients`.
+            aggregator: A method, from :func:`mogb.make`.
+            names: Of the objectives, for the report.
+            basis: As in :meth:`gradients`.
+            rows: ``"keep"`` takes the gradients, ``"drop"`` only their Gramian, and one more backward pass for the
+                direction; ``"auto"`` estimates what is cheaper. Methods that read the whole Jacobian keep them.
+            retain_graph: Keep the graph for another backward pass.
+
+        Raises:
+            TypeError, ValueError: Arguments of the wrong kind.
+            NonFiniteError: NaN or Inf in a loss or a gradient. Every ``.grad`` is untouched.
+            PerSampleError: As in :meth:`gradients`.
+        """
+        if not isinstance(aggregator, Aggregator):
+            raise TypeError(f"aggregator must be a method, such as mogb.make('mgda'), but got {aggregator!r}.")
+        problem = as_problem(terms, coefficients)
+        labels = None if names is None else tuple(names)
+        if labels is not None and len(labels) != len(problem):
+            raise ValueError(f"names must have one entry per objective, {len(problem)}, but got {len(labels)}.")
+        values = problem.losses()
+        seen = values if needs_losses(aggregator) else np.ones(len(problem))
+        try:
+            if aggregator.reads == "losses":
+                solution = aggregator._checked(None, seen)
+                self.weighted_backward(terms, coefficients, solution.weights, retain_graph=retain_graph)
+                return make_report(values, labels, solution, None, 1)
+            drop = aggregator.yields_weights and (
+                rows == "drop" or (rows == "auto" and self._gramian_is_cheaper(problem))
+            )
+            if drop:
+                gramian = self.gramian(terms, coefficients, basis=basis)
+                solution = aggregator._checked(_finite(gramian), seen)
+                self.weighted_backward(terms, coefficients, solution.weights, retain_graph=retain_graph)
+                return make_report(values, labels, solution, gramian, self._passes_spent() + 1)
+            jacobian = self.gradients(terms, coefficients, basis=basis, retain_graph=retain_graph)
+            direction, products, answer = aggregator.direct(jacobian, seen)
+        except NonFiniteError as error:
+            name = None if labels is None or error.index is None else labels[error.index]
+            raise NonFiniteError(error.what, error.index, name) from None
+        _add_to_grads(zip(self.params, direction, strict=True))
+        plain = direction if isinstance(aggregator, JacobianAggregator) else None
+        return make_report(values, labels, answer, products, self._passes_spent(), jacobian=jacobian, direction=plain)
+
+    def _prepare(self, terms: Tensor | Sequence[Tensor], coefficients: Coefficients, basis: Basis) -> "_Step":
+        problem = as_problem(terms, coefficients)
+        problem.losses()
         situation = self._situation(problem)
+        reason = self._obstacle()
+        if reason:
+            return _Step(problem, problem, None, situation, check=False, reason=reason)
         check = self.self_check == "always" or (self.self_check == "first" and situation not in self._verified)
         asked = problem.with_probe(_matrix(basis)) if check else problem
         passes = plan_passes(asked, self._attachment, basis)
         if len(passes) >= len(problem):
-            return self._exact(problem, None, add_to, retain_graph)
-        factored = store == "factored" or (
-            store == "auto" and add_to is None and len(problem) > len(passes) * problem.samples
-        )
-        rows = RowStore(self.params, passes.mixing, factored=factored, rows=None if check else add_to)
-        keep = retain_graph or check
-        try:
-            rounding = run_passes(passes, self._attachment, problem.samples, rows, retain_graph=keep)
-        except UnsupportedLayerError as error:
-            return self._give_up(problem, str(error), add_to, retain_graph, graph_is_there=keep or len(passes) > 1)
-        jacobian, deviation = rows.finish(), None
-        if check:
-            deviation, reason = self._check(asked, jacobian, rounding)
-            if reason:
-                return self._give_up(problem, reason, add_to, retain_graph, graph_is_there=True)
-            self._verified.add(situation)
-            jacobian = _added(_without_probe(jacobian), add_to)
-        self.report = PerSampleReport(
-            objectives=len(problem),
-            samples=problem.samples,
-            terms=problem.terms,
-            passes=len(passes) + check,
-            rank=len(passes),
-            store="factored" if factored else "dense",
-            check_error=deviation,
-        )
-        return jacobian
+            return _Step(problem, problem, None, situation, check=False)
+        return _Step(problem, asked, passes, situation, check=check)
 
     def _obstacle(self) -> str:
         """Why samples can't be told apart at this call, as far as that is known beforehand."""
@@ -228,58 +377,87 @@ class PerSample:
             return f"layer {name!r} normalizes over the batch, which couples the samples"
         return self._failure
 
-    def _situation(self, problem: Problem) -> frozenset[tuple[str, int]]:
+    def _situation(self, problem: Problem) -> Situation:
         """What the self-check vouches for: these layers, with this number of samples."""
         seen = self._attachment.hub.seen
         situation = frozenset(seen) | {("samples", problem.samples)}
         seen.clear()
         return situation
 
-    def _check(self, asked: Problem, jacobian: Jacobian, rounding: float) -> tuple[float, str]:
-        """Takes the gradient of the last objective in an ordinary backward pass, and compares."""
-        seeds = asked.seeds(asked.coefficients[-1])
-        truth = torch.autograd.grad(asked.outputs, self.params, seeds, retain_graph=True, allow_unused=True)
-        last = np.zeros(len(asked))
-        last[-1] = 1
-        return compare(jacobian.combine(last), truth, self._attachment.names, rounding)
+    def _probe(self, step: "_Step") -> tuple[Tensor | None, ...]:
+        """The gradient of the random objective, in an ordinary backward pass."""
+        seeds = step.asked.seeds(step.asked.coefficients[-1])
+        return torch.autograd.grad(step.asked.outputs, self.params, seeds, retain_graph=True, allow_unused=True)
 
-    def _give_up(
-        self, problem: Problem, reason: str, add_to: Jacobian | None, retain_graph: bool, *, graph_is_there: bool
-    ) -> Jacobian:
-        """Remembers that samples can't be told apart, and does without."""
+    def _give_up(self, step: "_Step", reason: str, graph_is_there: bool = True) -> "_Step":
+        """Remembers that samples can't be told apart."""
         self._failure = reason
         if self.on_failure == "exact":
+            if not graph_is_there:
+                raise PerSampleError(
+                    f"{reason} The graph is gone by now: repeat the forward pass, and K backward passes will be used."
+                )
             warnings.warn(f"PerSample falls back to one backward pass per objective: {reason}", stacklevel=3)
-            if graph_is_there:
-                return self._exact(problem, reason, add_to, retain_graph)
-            reason += " The graph is gone by now: repeat the forward pass, the next call uses K backward passes."
-        raise PerSampleError(reason)
+        return _Step(step.problem, step.problem, None, step.situation, check=False, reason=reason)
 
-    def _exact(self, problem: Problem, reason: str | None, add_to: Jacobian | None, retain_graph: bool) -> Jacobian:
+    def _exact(self, step: "_Step", add_to: Jacobian | None, retain_graph: bool) -> Jacobian:
         """K ordinary backward passes: because they are not more, or for the reason given."""
-        if reason is not None and self.on_failure == "error":
-            raise PerSampleError(f"The gradients can't be taken sample by sample: {reason}")
-        count = len(problem)
-        blocks = [param.new_zeros((count, *param.shape), dtype=row_dtype(param)) for param in self.params]
+        if step.reason and self.on_failure == "error":
+            raise PerSampleError(f"The gradients can't be taken sample by sample: {step.reason}")
+        problem = step.problem
+        blocks = [param.new_zeros((len(problem), *param.shape), dtype=row_dtype(param)) for param in self.params]
         blocks = blocks if add_to is None else list(add_to.blocks)
         for k, matrix in enumerate(problem.coefficients):
-            keep = retain_graph or k < count - 1
+            keep = retain_graph or k < len(problem) - 1
             seeds = problem.seeds(matrix)
             grads = torch.autograd.grad(problem.outputs, self.params, seeds, retain_graph=keep, allow_unused=True)
             for block, grad in zip(blocks, grads, strict=True):
                 if grad is not None:
                     block[k] += grad
+        self._note(step, "dense", None)
+        return Jacobian(tuple(blocks))
+
+    def _note(self, step: "_Step", store: str, deviation: float | None) -> None:
+        problem, passes = step.problem, step.passes
         self.report = PerSampleReport(
-            objectives=count,
+            objectives=len(problem),
             samples=problem.samples,
             terms=problem.terms,
-            passes=count,
-            rank=problem.terms,
-            store="dense",
-            exact_passes=True,
-            reason=reason or f"K = {count} passes are not more than the terms need",
+            passes=len(problem) if passes is None else len(passes) + step.check,
+            rank=None if passes is None else len(passes),
+            store=store,
+            reason=step.reason,
+            check_error=deviation,
         )
-        return Jacobian(tuple(blocks))
+
+    def _passes_spent(self) -> int:
+        assert self.report is not None
+        return self.report.passes
+
+    def _gramian_is_cheaper(self, problem: Problem) -> bool:
+        """Whether one more backward pass costs less than mixing the rows, in multiplications per sample."""
+        rank = min(problem.terms, 2)
+        height = min(len(problem), rank * problem.samples)
+        own = sum(param.numel() for param in self.params)
+        everything = sum(param.numel() for param in self.model.parameters())
+        return rank * height * own > 2 * self._attachment.tokens() * (everything + own)
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """One call: what was asked for, with one more objective if it is checked, and how it is answered.
+
+    Attributes:
+        passes: None for one ordinary backward pass per objective.
+        reason: Why, unless that takes no more passes anyway.
+    """
+
+    problem: Problem
+    asked: Problem
+    passes: Passes | None
+    situation: Situation
+    check: bool
+    reason: str = ""
 
 
 def _matrix(basis: object) -> np.ndarray | None:
@@ -310,3 +488,18 @@ def _added(jacobian: Jacobian, rows: Jacobian | None) -> Jacobian:
     for block, more in zip(rows.blocks, jacobian.blocks, strict=True):
         block.add_(more)
     return rows
+
+
+def _add_to_grads(updates: Iterable[tuple[Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for param, grad in updates:
+            if param.grad is None:
+                param.grad = grad.detach().to(param.dtype).clone()
+            else:
+                param.grad.add_(grad)
+
+
+def _finite(gramian: Float64[np.ndarray, "K K"]) -> Float64[np.ndarray, "K K"]:
+    if not np.isfinite(gramian).all():
+        raise NonFiniteError("gradient", int(np.argmin(np.isfinite(gramian.diagonal()))))
+    return gramian

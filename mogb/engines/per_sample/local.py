@@ -6,6 +6,7 @@ with respect to its parameters. That costs about two more forward passes of that
 Shapes: B = samples.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import functional_call, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from mogb.engines.per_sample.contributions import Formed
@@ -42,7 +44,6 @@ class LocalRule(Rule):
         leaves, inputs = tree_flatten((args, kwargs))
         is_tensor = tuple(isinstance(leaf, Tensor) for leaf in leaves)
         saved = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        hub.seen.add((site.name, saved[0].shape[site.dim] if saved and saved[0].ndim > site.dim else 0))
         outputs, form = tree_flatten(output)
         tapped = tuple(n for n, leaf in enumerate(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad)
         constants = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
@@ -83,7 +84,10 @@ class LocalRule(Rule):
 
         call.hub.suspended = True
         try:
-            gradients = vmap(pulled, in_dims=(0, [0 if b else None for b in batched]))(outer, inputs)
+            with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+                # What can't be vectorized runs in a loop, with a warning that a user can do nothing about.
+                warnings.filterwarnings("ignore", message="There is a performance drop")
+                gradients = vmap(pulled, in_dims=(0, [0 if b else None for b in batched]))(outer, inputs)
         except (RuntimeError, ValueError, TypeError) as error:
             raise UnsupportedLayerError(
                 f"Layer {site.name!r} ({type(site.module).__name__}) has no rule, and can't be run on one sample at a "

@@ -5,7 +5,8 @@ r"""Which backward passes are run, and how per-sample gradients of each are mixe
 Shapes: K = objectives, B = samples, J = terms, R = passes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from mogb.engines.per_sample.errors import PerSampleError, UnsupportedLayerError
 from mogb.engines.per_sample.problem import Problem
 from mogb.engines.per_sample.rows import Collector
 from mogb.engines.per_sample.rules import Site
+from mogb.engines.per_sample.tape import Tape, pull
 from mogb.engines.per_sample.taps import Hub, Tap
 
 Basis = Literal["auto", "terms"] | Float[Tensor, "R J"]
@@ -87,17 +89,19 @@ def run_passes(
     others = sorted(attachment.unsupported)
     targets = [attachment.hub.anchor, *(attachment.params[n] for n in others)]
     listener = _Listener(attachment, samples, collector)
-    for number, cotangents in enumerate(passes.cotangents):
-        collector.current = number
-        keep = retain_graph or number < len(passes) - 1
-        with _listening(attachment.hub, listener):
-            grads = torch.autograd.grad(passes.outputs, targets, cotangents, retain_graph=keep, allow_unused=True)
-        for n, grad in zip(others, grads[1:], strict=True):
-            if grad is not None:
-                raise UnsupportedLayerError(
-                    f"The losses depend on the parameter {attachment.names[n]!r}, but {attachment.unsupported[n]}."
-                )
-    if len(passes) and not listener.calls:
+    tape = Tape(attachment.hub, attachment.params, targets, collector)
+    with _listening(attachment.hub, listener, targets):
+        taped = len(passes) > 1 and tape.run(passes.outputs, passes.cotangents)
+        for number, cotangents in enumerate(() if taped else passes.cotangents):
+            collector.current = number
+            keep = retain_graph or number < len(passes) - 1
+            tape.grads.append(pull(passes.outputs, cotangents, targets, retain_graph=keep))
+    for n, *grads in zip(others, *(found[1:] for found in tape.grads), strict=True):
+        if any(grad is not None for grad in grads):
+            raise UnsupportedLayerError(
+                f"The losses depend on the parameter {attachment.names[n]!r}, but {attachment.unsupported[n]}."
+            )
+    if not listener.calls:
         raise PerSampleError(
             "The terms depend on no tapped layer: run the forward pass after attach(), with gradients enabled, by "
             "calling the module (not its forward method)."
@@ -119,15 +123,13 @@ class _Listener:
                 self.collector.collect(self.slots[site.name, key], start, contribution)
 
 
-class _listening:
-    def __init__(self, hub: Hub, listener: _Listener) -> None:
-        self.hub, self.listener = hub, listener
-
-    def __enter__(self) -> None:
-        self.hub.listener = self.listener
-
-    def __exit__(self, *exception: object) -> None:
-        self.hub.listener = None
+@contextmanager
+def _listening(hub: Hub, listener: _Listener, targets: Sequence[Tensor]) -> Iterator[None]:
+    hub.listener, hub.watched = listener, frozenset(id(target) for target in targets)
+    try:
+        yield
+    finally:
+        hub.listener, hub.watched = None, frozenset()
 
 
 def _boundary(problem: Problem, attachment: Attachment) -> tuple[GradientEdge, ...]:

@@ -93,6 +93,9 @@ class Collector:
         """Takes those of the parameter ``index``, from its ``start``-th number on."""
         raise NotImplementedError
 
+    def segment_done(self) -> None:
+        """All passes went through the same checkpointed part of the model."""
+
 
 class RowStore(Collector):
     """Collects K mixed rows, or ``passes x B`` rows of a basis, parameter by parameter.

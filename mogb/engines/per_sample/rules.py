@@ -7,7 +7,7 @@ Shapes: B = samples, T = tokens per sample, i = inputs, o = outputs, C = channel
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mogb.engines.per_sample.contributions import Contribution, Formed, Lookup, Outer, Windows
 from mogb.engines.per_sample.errors import UnsupportedLayerError
-from mogb.engines.per_sample.taps import Hub, tap
+from mogb.engines.per_sample.taps import CopyableHook, Hub, cast_like_autocast, tap
 
 Split = Iterator[tuple[str, int, Contribution]]
 
@@ -68,10 +68,12 @@ class Rule(ABC):
     Attributes:
         attributes: The parameters that it knows; None for any.
         casts: The layer runs in low precision under autocast: its input is cast before, so that it is kept once.
+        features: The dimension of its input that is no token.
     """
 
     attributes: tuple[str, ...] | None = ()
     casts: bool = False
+    features: int = -1
 
     def problem(self, module: nn.Module) -> str | None:
         """Why a module of the right type does not qualify after all."""
@@ -80,9 +82,21 @@ class Rule(ABC):
     def tap(self, hub: Hub, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Taps the output of one call of the layer."""
         inputs = args[0] if args else next(iter(kwargs.values()))
-        hub.seen.add((site.name, _size(inputs, site.dim)))
-        saved = [inputs] if "weight" in site.wanted else []
+        saved = [inputs] if self.attributes is None or self.attributes[0] in site.wanted else []
         return tap(hub, site, [output], saved)[0]
+
+    def note(self, hub: Hub, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Remembers that the layer was called, and the size of the batch."""
+        first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        size = first.shape[site.dim] if first is not None and first.ndim > site.dim else 0
+        hub.seen.add((site.name, size))
+        if first is not None and size:
+            hub.tokens[site.name] = max(1, first.numel() // (size * max(1, first.shape[self.features])))
+
+    def install(self, hub: Hub, site: Site) -> list[Any]:
+        """Puts the taps in place; the handles take them away with ``remove()``."""
+        handles: list[Any] = [site.module.register_forward_pre_hook(CastHook(hub))] if self.casts else []
+        return [*handles, site.module.register_forward_hook(SiteHook(hub, site), prepend=True, with_kwargs=True)]
 
     @abstractmethod
     def split(
@@ -92,22 +106,34 @@ class Rule(ABC):
 
 
 class LinearRule(Rule):
-    r"""``y = x W^T + b``: :math:`S_i = \sum_t y_{it} x_{it}^\top`, and :math:`\sum_t y_{it}` for the bias."""
+    r"""``y = x W^T + b``: :math:`S_i = \sum_t y_{it} x_{it}^\top`, and :math:`\sum_t y_{it}` for the bias.
 
-    attributes = ("weight", "bias")
+    Args:
+        weight: The name of W.
+        bias: The name of b.
+        weight_start: Where the first number of W is, if it is a part of the parameter with that name.
+        bias_start: The same for b.
+    """
+
     casts = True
+
+    def __init__(self, weight: str = "weight", bias: str = "bias", weight_start: int = 0, bias_start: int = 0) -> None:
+        self.attributes = (weight, bias)
+        self.starts = (weight_start, bias_start)
 
     def split(
         self, site: Site, call: Any, saved: Sequence[Tensor], cotangents: Sequence[Tensor | None], samples: int
     ) -> Split:
+        assert self.attributes is not None
+        weight, bias = self.attributes
         outer = cotangents[0]
         assert outer is not None
         outer = site.by_sample(outer, samples, 1).reshape(samples, -1, outer.shape[-1])
-        if "weight" in site.wanted:
+        if weight in site.wanted:
             inputs = site.by_sample(saved[0], samples, 1).reshape(samples, -1, saved[0].shape[-1])
-            yield "weight", 0, Outer(inputs.to(outer.dtype), outer)
-        if "bias" in site.wanted:
-            yield "bias", 0, Formed(_sum(outer, (1,)))
+            yield weight, self.starts[0], Outer(inputs.to(outer.dtype), outer)
+        if bias in site.wanted:
+            yield bias, self.starts[1], Formed(_sum(outer, (1,)))
 
 
 class EmbeddingRule(Rule):
@@ -125,7 +151,8 @@ class EmbeddingRule(Rule):
         self, site: Site, call: Any, saved: Sequence[Tensor], cotangents: Sequence[Tensor | None], samples: int
     ) -> Split:
         module, outer = site.module, cotangents[0]
-        assert isinstance(module, nn.Embedding) and outer is not None
+        assert isinstance(module, nn.Embedding)
+        assert outer is not None
         indices = site.by_sample(saved[0], samples, 0).reshape(samples, -1)
         outer = site.by_sample(outer, samples, 1).reshape(samples, -1, outer.shape[-1])
         if module.padding_idx is not None:
@@ -138,12 +165,14 @@ class ConvRule(Rule):
 
     attributes = ("weight", "bias")
     casts = True
+    features = 1
 
     def split(
         self, site: Site, call: Any, saved: Sequence[Tensor], cotangents: Sequence[Tensor | None], samples: int
     ) -> Split:
         module, outer = site.module, cotangents[0]
-        assert isinstance(module, nn.Conv1d | nn.Conv2d) and outer is not None
+        assert isinstance(module, nn.Conv1d | nn.Conv2d)
+        assert outer is not None
         site.by_sample(outer, samples, outer.ndim - 1)
         outer = outer.flatten(2)  # [B m, o, L]
         if "weight" in site.wanted:
@@ -192,6 +221,30 @@ class NormRule(Rule):
         return site.by_sample(tensor, samples, features).reshape(samples, -1, width, 1)
 
 
+class SiteHook(CopyableHook):
+    """Taps the output of a layer."""
+
+    def __init__(self, hub: Hub, site: Site) -> None:
+        self.hub, self.site = hub, site
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if self.hub.active or self.hub.recording:
+            self.site.rule.note(self.hub, self.site, args, kwargs)
+        return self.site.rule.tap(self.hub, self.site, args, kwargs, output) if self.hub.active else None
+
+
+class CastHook(CopyableHook):
+    """Casts the input as autocast would inside of the layer: the layer and the tap then keep the same tensor."""
+
+    def __init__(self, hub: Hub) -> None:
+        self.hub = hub
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        if not args or not self.hub.active or not isinstance(args[0], Tensor):
+            return None
+        return (cast_like_autocast(args[0]), *args[1:])
+
+
 RULES: dict[type[Any], Rule] = {
     nn.Linear: LinearRule(),
     nn.Embedding: EmbeddingRule(),
@@ -207,13 +260,14 @@ _BATCH_NORM = NormRule(
 RULES |= {nn.BatchNorm1d: _BATCH_NORM, nn.BatchNorm2d: _BATCH_NORM, nn.BatchNorm3d: _BATCH_NORM}
 
 
-def find_rule(module: nn.Module, wanted: Sequence[str]) -> Rule | None:
+def find_rule(module: nn.Module, wanted: Sequence[str], rules: Mapping[type[Any], Rule] = RULES) -> Rule | None:
     """The rule of a module's type, if the module computes what the rule says."""
-    for base in type(module).__mro__:
-        rule = RULES.get(base)
+    kind: Any = type(module)
+    for base in kind.__mro__:
+        rule = rules.get(base)
         if rule is None:
             continue
-        original = type(module).forward is base.forward and "forward" not in vars(module)
+        original = vars(module).get("forward", kind.forward) is base.forward
         known = rule.attributes is None or set(wanted) <= set(rule.attributes)
         return rule if original and known and rule.problem(module) is None else None
     return None
@@ -221,10 +275,6 @@ def find_rule(module: nn.Module, wanted: Sequence[str]) -> Rule | None:
 
 def _sum(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
     return tensor.sum(dims, dtype=torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _size(tensor: Any, dim: int) -> int:
-    return tensor.shape[dim] if isinstance(tensor, Tensor) and tensor.ndim > dim else 0
 
 
 def _tail(tensor: Tensor) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 # Gets the layer, what is known of the call, the tensors kept from it, and the cotangents of its outputs.
 Listener = Callable[[Any, Any, Sequence[Tensor], Sequence[Tensor | None]], None]
@@ -27,12 +27,22 @@ class Hub:
         anchor: The leaf that the taps hang on.
         listener: Gets the cotangents; None while nobody collects.
         suspended: Layers that run now are not tapped.
+        tokens: How many tokens a sample had in the last call of a layer.
+        recording: Layers that run now are noted in ``seen``, even without gradients.
+        watched: The ids of parameters that are not tapped; passes that collect ask for their gradients, too.
+        cut: Backward passes end at checkpointed segments.
+        segments: How many segments were checkpointed so far.
         seen: The tapped layers and the sizes of their batch dimension since this set was last cleared.
     """
 
     anchor: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
     listener: Listener | None = None
     suspended: bool = False
+    tokens: dict[str, int] = field(default_factory=dict)
+    recording: bool = False
+    watched: frozenset[int] = frozenset()
+    cut: bool = False
+    segments: int = 0
     seen: set[tuple[str, int]] = field(default_factory=set)
 
     @property
@@ -68,21 +78,21 @@ def tap(hub: Hub, site: Any, outputs: Sequence[Tensor], saved: Sequence[Tensor],
     return list(Tap.apply(hub, site, call, hub.anchor, len(outputs), *outputs, *kept))
 
 
-class ModuleHook:
-    """A forward hook that a copy or a pickle of the module does not inherit: there it does nothing."""
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        return None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return ModuleHook, ()
+def cast_like_autocast(inputs: Tensor) -> Tensor:
+    """The tensor as autocast hands it to a layer that runs in low precision."""
+    device = inputs.device.type
+    if not torch.is_autocast_enabled(device) or inputs.dtype == torch.float64 or not inputs.is_floating_point():
+        return inputs
+    return inputs.to(torch.get_autocast_dtype(device))
 
 
-class PreHook:
-    """The same for a hook that runs before the module."""
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
-        return None
+class CopyableHook:
+    """A hook that a copy or a pickle of its module does not inherit: there it does nothing."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PreHook, ()
+        return _Nothing, ()
+
+
+class _Nothing:
+    def __call__(self, *arguments: Any) -> None:
+        return None
