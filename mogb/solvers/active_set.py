@@ -24,7 +24,9 @@ Slack = tuple[np.ndarray, float]
 PATIENCE = 3
 # Steps of :func:`descend`, which is only ever the second choice, that are worth their time.
 DESCENT = 200
+# Added to the diagonal of a singular system, relative to it, and taken out again by corrections.
 RIDGE = 1e-9
+CORRECTIONS = 2
 
 
 def least_squares(
@@ -33,7 +35,7 @@ def least_squares(
     """Non-negative least squares by the method of Lawson and Hanson; None where it gave up."""
     try:
         return nnls(system, target, maxiter=max_steps)[0]
-    except RuntimeError:  # how scipy reports that maxiter was reached
+    except (RuntimeError, np.linalg.LinAlgError):  # maxiter was reached, or (in SciPy 1.12 to 1.14) a singular support
         return None
 
 
@@ -65,6 +67,8 @@ def search_supports(
         if falling.any():
             blocking = falling.nonzero()[0]
             ratios = point[blocking] / -move[blocking]
+            if ratios.min() == 0:  # what has just entered wants to leave: nothing but rounding is left to gain
+                return point, step + 1
             point = np.maximum(point + ratios.min() * move, 0.0)
             point[blocking[ratios.argmin()]] = 0.0
             support = point > 0
@@ -113,7 +117,7 @@ def block_pivoting(
     """Solves many problems at once by exchanging whole blocks of variables; also says which of them are solved.
 
     The supports of all problems change together, one round after another, and each round costs one matrix product
-    besides the linear systems. A problem whose system is singular is left unsolved. (Portugal, Judice and Vicente,
+    besides the linear systems. A problem that makes no progress is left unsolved. (Portugal, Judice and Vicente,
     A comparison of block pivoting and interior-point algorithms, 1994; Kim and Park, SISC 2011, algorithm 2.)
     """
     size = matrix.shape[0]
@@ -152,11 +156,13 @@ def block_pivoting(
 def _solve(
     matrix: Float64[np.ndarray, "A A"], target: Float64[np.ndarray, " A"]
 ) -> tuple[Float64[np.ndarray, " A"], bool]:
-    """The solution; of a singular system the shortest one, by a small ridge that two corrections take out again."""
+    """The solution; of a singular system the shortest one, by a small ridge that corrections take out again."""
     _, solution, info = dposv(matrix, target)
-    if info != 0:
-        triangle, info = dpotrf(matrix + RIDGE * np.eye(len(target)))
-        solution = np.zeros_like(target)
-        for _ in range(3):
+    if info == 0:
+        return solution, True
+    triangle, info = dpotrf(matrix + RIDGE * np.eye(len(target)))
+    solution = np.zeros_like(target)
+    if info == 0:
+        for _ in range(1 + CORRECTIONS):
             solution = solution + dpotrs(triangle, target - matrix @ solution)[0]
     return solution, info == 0

@@ -89,7 +89,8 @@ def project_on_dual_cone(
         multipliers, error = _active_set(cosines, points[open_rows], targets, max_steps)
     residuals = _residuals(cosines, targets, multipliers)
     residual = float(residuals.max())
-    resolution = (8 * len(norms) * EPS + error) * float(1 + multipliers.sum(axis=1).max())
+    mass = np.abs(points[open_rows]).sum(axis=1) + multipliers.sum(axis=1)
+    resolution = (8 * len(norms) * EPS + error) * float(mass.max())
     raised = multipliers * (scales[open_rows, None] / np.where(norms > 0, norms, np.inf))
     weights = coefficients.copy()
     weights[open_rows] += raised
@@ -105,12 +106,10 @@ def _active_set(
     """The multipliers, and how far the factor that they were found with is from the cosines."""
     multipliers = np.zeros_like(points)
     left = np.arange(len(points))
-    if len(cosines) >= MANY:
-        multipliers, solved = block_pivoting(cosines, targets, min(max_steps, 100))
-        left = (~solved).nonzero()[0]
-        if len(left) == 0:
-            return multipliers, 0.0
     rows, error = factor(cosines)
+    if len(cosines) >= MANY and 2 * len(rows) >= len(cosines):
+        multipliers, solved = block_pivoting(cosines, targets, min(max_steps, 100))
+        left = (~solved | (_residuals(cosines, targets, multipliers) > TOLERANCE)).nonzero()[0]
     images = points.dot(-rows.T)
     for row in left:
         found = least_squares(rows, images[row], max_steps)

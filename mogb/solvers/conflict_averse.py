@@ -64,6 +64,7 @@ class _Problem:
     slopes: Float64[np.ndarray, " K"]  # inner products of g_0 with the unit gradients
     mean_norm: float
     radius: float  # c |g_0|
+    rounding: float  # of the cosines
 
 
 def conflict_averse(gramian: Float64[np.ndarray, "K K"], c: float, *, max_steps: int | None = None) -> ConflictAverse:
@@ -88,9 +89,9 @@ def conflict_averse(gramian: Float64[np.ndarray, "K K"], c: float, *, max_steps:
         return ConflictAverse(uniform, 0.0, 0.0, True, True)
     if live.size < size:
         norms, cosines = norms[live], cosines[live[:, None], live]
-    problem, error = _scaled(norms, cosines, size, c)
+    problem = _scaled(norms, cosines, size, c)
     mass = float(problem.mean.sum())
-    if problem.mean_norm <= np.sqrt(4 * size * EPS + error) * mass:
+    if problem.mean_norm <= np.sqrt(problem.rounding) * mass:
         return ConflictAverse(uniform, 0.0, 0.0, True, True)
     if c == 0:
         weights = np.zeros(size)
@@ -104,13 +105,12 @@ def conflict_averse(gramian: Float64[np.ndarray, "K K"], c: float, *, max_steps:
     weights[live] = point * problem.relative
     unit = (1 + c) * problem.mean_norm
     residual = max(float(-slack.min()), 0.0) / unit
-    resolution = (8 * size * EPS + error) * (mass + multiplier * float(point.sum())) / unit
+    pull = multiplier * float(point.sum())
+    resolution = 2 * problem.rounding * (mass + pull + pull**2 / problem.radius) / unit
     return ConflictAverse(weights / weights.sum(), multiplier, residual, residual <= max(TOLERANCE, resolution), False)
 
 
-def _scaled(
-    norms: Float64[np.ndarray, " K"], cosines: Float64[np.ndarray, "K K"], size: int, c: float
-) -> tuple[_Problem, float]:
+def _scaled(norms: Float64[np.ndarray, " K"], cosines: Float64[np.ndarray, "K K"], size: int, c: float) -> _Problem:
     relative = norms[norms.argmin()] / norms
     rows, error = factor(cosines)
     if error > 0:
@@ -118,7 +118,7 @@ def _scaled(
     mean = 1 / (size * relative)
     slopes = cosines.dot(mean)
     mean_norm = float(np.sqrt(max(mean.dot(slopes), 0.0)))
-    return _Problem(cosines, rows, relative, mean, slopes, mean_norm, c * mean_norm), error
+    return _Problem(cosines, rows, relative, mean, slopes, mean_norm, c * mean_norm, 4 * size * EPS + error)
 
 
 def _solve(problem: _Problem, max_steps: int, has_zero: bool) -> Float64[np.ndarray, " K"] | None:
@@ -183,11 +183,10 @@ def _search(
 def _toward_minimum(problem: _Problem, index: np.ndarray, point: Float64[np.ndarray, " A"]) -> Move:
     """The move to the minimum over the affine hull of the support, or along it where there is none."""
     relative, block = problem.relative[index], problem.cosines[index[:, None], index]
-    _, solutions, info = dposv(
-        block + relative[:, None] * relative, np.stack([relative, problem.slopes[index]], axis=1)
-    )
-    if info != 0:  # dependent up to rounding: nothing more to be gained
-        return np.zeros_like(point), True
+    system = block + relative[:, None] * relative
+    _, solutions, info = dposv(system, np.stack([relative, problem.slopes[index]], axis=1))
+    if info != 0:  # dependent gradients: one of them can go without changing g_w
+        return np.linalg.eigh(system)[1][:, 0], False
     nearest = solutions[:, 0] / relative.dot(solutions[:, 0])
     line = relative.dot(solutions[:, 1]) * nearest - solutions[:, 1]
     squared = max(float(nearest.dot(block.dot(nearest))), 0.0)
@@ -207,4 +206,4 @@ def _optimality(problem: _Problem, point: Float64[np.ndarray, " K"]) -> tuple[Fl
 
 def _is_zero(problem: _Problem, point: Float64[np.ndarray, " K"]) -> bool:
     mass = float(point.sum())
-    return bool(point.dot(problem.cosines.dot(point)) <= 4 * len(point) * EPS * mass * mass)
+    return bool(point.dot(problem.cosines.dot(point)) <= problem.rounding * mass * mass)

@@ -109,7 +109,7 @@ def _certified(
     iterations: int,
 ) -> MinNorm:
     weights = weights / weights.sum()
-    products = gramian.dot(weights)
+    products = (gramian.dot(weights) + weights.dot(gramian)) / 2
     squared_norm = float(weights.dot(products))
     shortest = norms[norms.argmin()]
     gap = max(float(((squared_norm - products) / norms).max() / shortest), 0.0)
