@@ -3,6 +3,7 @@
 A parameter passes if its deviation is small beside its own gradient, or is lost in the rounding of the whole gradient.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -38,6 +39,8 @@ def judge(found: Deviations, names: Sequence[str], rounding: float) -> tuple[flo
     """
     errors, sizes = found
     total = sum(size**2 for size in sizes) ** 0.5
+    if not math.isfinite(total):  # the gradient itself is bad, which is for others to tell
+        return math.nan, ""
     relative = min(RELATIVE * rounding, LARGEST_RELATIVE)
     negligible = min(NEGLIGIBLE * rounding, LARGEST_NEGLIGIBLE) * total
     wrong = [

@@ -13,7 +13,7 @@ Shapes: K = objectives, B = samples, J = terms, P = numbers in the parameters.
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +36,6 @@ from mogb.jacobian import Jacobian, all_finite
 
 Coefficients = Float[Tensor, "K B J"] | Float[Tensor, "K B"] | np.ndarray
 Situation = frozenset[tuple[str, int]]
-Store = Literal["auto", "dense", "factored"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,13 +118,11 @@ class PerSample:
         *,
         batch_dim: int | Mapping[str, int] = 0,
         units: Iterable[type[nn.Module]] = (),
-        self_check: Literal["first", "always", "off"] = "first",
-        on_failure: Literal["exact", "error"] = "exact",
+        self_check: str = "first",
+        on_failure: str = "exact",
     ) -> None:
-        if self_check not in ("first", "always", "off"):
-            raise ValueError(f"self_check must be 'first', 'always' or 'off', but got {self_check!r}.")
-        if on_failure not in ("exact", "error"):
-            raise ValueError(f"on_failure must be 'exact' or 'error', but got {on_failure!r}.")
+        _check_choice("self_check", self_check, ("first", "always", "off"))
+        _check_choice("on_failure", on_failure, ("exact", "error"))
         self.model = model
         self.params = as_parameters(model if params is None else params)
         self.self_check = self_check
@@ -177,7 +174,7 @@ class PerSample:
         coefficients: Coefficients,
         *,
         basis: Basis = "auto",
-        store: Store = "auto",
+        store: str = "auto",
         add_to: Jacobian | None = None,
         retain_graph: bool = False,
     ) -> Jacobian:
@@ -202,6 +199,7 @@ class PerSample:
             ValueError: Terms and coefficients that don't fit, or are not finite.
             PerSampleError: The gradients can't be had sample by sample, and ``on_failure="error"``.
         """
+        _check_choice("store", store, ("auto", "dense", "factored"))
         step = self._prepare(terms, coefficients, basis)
         problem, passes = step.problem, step.passes
         if add_to is not None:
@@ -222,7 +220,7 @@ class PerSample:
             deviation, reason = judge(deviations(probe, self._probe(step)), self._attachment.names, rounding)
             if reason:
                 return self._exact(self._give_up(step, reason), add_to, retain_graph)
-            self._verified.add(step.situation)
+            self._vouch_for(step, deviation)
             jacobian = _added(_without_probe(jacobian), add_to)
         self._note(step, "factored" if factored else "dense", deviation)
         return jacobian
@@ -261,7 +259,7 @@ class PerSample:
             deviation, reason = judge(found, self._attachment.names, rounding)
             if reason:
                 return self._exact(self._give_up(step, reason), None, retain_graph=True).gramian()
-            self._verified.add(step.situation)
+            self._vouch_for(step, deviation)
             gramian = gramian[:-1, :-1]
         self._note(step, "gramian", deviation)
         return gramian
@@ -270,7 +268,7 @@ class PerSample:
         self,
         terms: Tensor | Sequence[Tensor],
         coefficients: Coefficients,
-        weights: Float[Tensor, " K"] | Float64[np.ndarray, " K"],
+        weights: Tensor | np.ndarray,
         *,
         retain_graph: bool = False,
     ) -> None:
@@ -301,7 +299,7 @@ class PerSample:
         *,
         names: Sequence[str] | None = None,
         basis: Basis = "auto",
-        rows: Literal["auto", "keep", "drop"] = "auto",
+        rows: str = "auto",
         retain_graph: bool = False,
     ) -> Report:
         """Balances the K losses, and adds the direction to every ``param.grad``: :func:`mogb.backward` for terms.
@@ -323,6 +321,7 @@ class PerSample:
         """
         if not isinstance(aggregator, Aggregator):
             raise TypeError(f"aggregator must be a method, such as mogb.make('mgda'), but got {aggregator!r}.")
+        _check_choice("rows", rows, ("auto", "keep", "drop"))
         problem = as_problem(terms, coefficients)
         labels = None if names is None else tuple(names)
         if labels is not None and len(labels) != len(problem):
@@ -352,6 +351,8 @@ class PerSample:
         return make_report(values, labels, answer, products, self._passes_spent(), jacobian=jacobian, direction=plain)
 
     def _prepare(self, terms: Tensor | Sequence[Tensor], coefficients: Coefficients, basis: Basis) -> "_Step":
+        if not isinstance(basis, Tensor):
+            _check_choice("basis", basis, ("auto", "terms"))
         problem = as_problem(terms, coefficients)
         problem.losses()
         situation = self._situation(problem)
@@ -388,6 +389,11 @@ class PerSample:
         """The gradient of the random objective, in an ordinary backward pass."""
         seeds = step.asked.seeds(step.asked.coefficients[-1])
         return torch.autograd.grad(step.asked.outputs, self.params, seeds, retain_graph=True, allow_unused=True)
+
+    def _vouch_for(self, step: "_Step", deviation: float) -> None:
+        """The self-check passed; where gradients are not finite, it said nothing."""
+        if np.isfinite(deviation):
+            self._verified.add(step.situation)
 
     def _give_up(self, step: "_Step", reason: str, graph_is_there: bool = True) -> "_Step":
         """Remembers that samples can't be told apart."""
@@ -460,11 +466,16 @@ class _Step:
     reason: str = ""
 
 
+def _check_choice(name: str, given: str, choices: tuple[str, ...]) -> None:
+    if given not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, but got {given!r}.")
+
+
 def _matrix(basis: object) -> np.ndarray | None:
     return basis.detach().to("cpu", torch.float64).numpy() if isinstance(basis, Tensor) else None
 
 
-def _check_rows(rows: Jacobian, store: Store, count: int, params: Sequence[Tensor]) -> None:
+def _check_rows(rows: Jacobian, store: str, count: int, params: Sequence[Tensor]) -> None:
     if store == "factored" or isinstance(rows, FactoredJacobian):
         raise ValueError(
             "Rows of several micro-batches add up only in the dense form: ask for store='dense' from the first one on."

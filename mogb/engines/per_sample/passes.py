@@ -8,11 +8,11 @@ Shapes: K = objectives, B = samples, J = terms, R = passes.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float64
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
@@ -25,7 +25,7 @@ from mogb.engines.per_sample.rules import Site
 from mogb.engines.per_sample.tape import Tape, pull
 from mogb.engines.per_sample.taps import Hub, Tap
 
-Basis = Literal["auto", "terms"] | Float[Tensor, "R J"]
+Basis = str | Tensor  # "auto", "terms", or combinations [R, J]
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +104,8 @@ def run_passes(
     if not listener.calls:
         raise PerSampleError(
             "The terms depend on no tapped layer: run the forward pass after attach(), with gradients enabled, by "
-            "calling the module (not its forward method)."
+            "calling the module (not its forward method). What torch.compile made before attach() has no taps either: "
+            "call torch.compiler.reset()."
         )
     return listener.rounding
 

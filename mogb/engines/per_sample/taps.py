@@ -72,10 +72,13 @@ class Tap(torch.autograd.Function):
         return (None,) * 5 + cotangents + (None,) * ctx.saved
 
 
-def tap(hub: Hub, site: Any, outputs: Sequence[Tensor], saved: Sequence[Tensor], call: Any = None) -> list[Tensor]:
+def _tap(hub: Hub, site: Any, outputs: Sequence[Tensor], saved: Sequence[Tensor], call: Any = None) -> list[Tensor]:
     """The outputs again, tapped."""
     kept = (tensor.detach() for tensor in saved)
     return list(Tap.apply(hub, site, call, hub.anchor, len(outputs), *outputs, *kept))
+
+
+tap = torch.compiler.disable(_tap)  # what a tap hands over can't be traced: compiled code is interrupted here
 
 
 def cast_like_autocast(inputs: Tensor) -> Tensor:
