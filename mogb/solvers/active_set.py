@@ -11,7 +11,7 @@ Shapes: K = variables, P = problems with one matrix M in common.
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Bool, Float64
+from jaxtyping import Float64
 from scipy.linalg.lapack import dposv, dpotrf, dpotrs
 from scipy.optimize import nnls
 
@@ -61,8 +61,9 @@ def search_supports(
     support = point > 0
     for step in range(max_steps):
         index = support.nonzero()[0]
-        move = np.zeros_like(point)
-        move[index], bounded = toward(index, point[index])
+        move, bounded = np.zeros_like(point), True
+        if index.size:
+            move[index], bounded = toward(index, point[index])
         falling = (move < 0) & (point + move <= 0) if bounded else move < 0
         if falling.any():
             blocking = falling.nonzero()[0]
@@ -113,16 +114,15 @@ def descend(
 
 def block_pivoting(
     matrix: Float64[np.ndarray, "K K"], targets: Float64[np.ndarray, "P K"], max_rounds: int
-) -> tuple[Float64[np.ndarray, "P K"], Bool[np.ndarray, " P"]]:
-    """Solves many problems at once by exchanging whole blocks of variables; also says which of them are solved.
+) -> Float64[np.ndarray, "P K"]:
+    """Solves many problems at once by exchanging whole blocks of variables. What is not solved is left at zero.
 
     The supports of all problems change together, one round after another, and each round costs one matrix product
-    besides the linear systems. A problem that makes no progress is left unsolved. (Portugal, Judice and Vicente,
+    besides the linear systems. A problem that makes no progress is given up. (Portugal, Judice and Vicente,
     A comparison of block pivoting and interior-point algorithms, 1994; Kim and Park, SISC 2011, algorithm 2.)
     """
     size = matrix.shape[0]
     points = np.zeros_like(targets)
-    solved = np.zeros(len(targets), dtype=bool)
     rows = np.arange(len(targets))  # the problems that are still open
     support = targets > 0
     fewest = np.full(len(targets), size + 1)
@@ -139,7 +139,6 @@ def block_pivoting(
         count = wrong.sum(axis=1)
         done = regular & (count == 0)
         points[rows[done]] = np.maximum(trial[done], 0.0)
-        solved[rows[done]] = True
         keep = regular & ~done & (patience[rows] > -PATIENCE)
         if not keep.any():
             break
@@ -150,7 +149,7 @@ def block_pivoting(
         for row in (patience[rows] < 0).nonzero()[0]:  # Murty's rule, which cannot cycle
             wrong[row, : wrong[row].nonzero()[0][-1]] = False
         support = support ^ wrong
-    return points, solved
+    return points
 
 
 def _solve(

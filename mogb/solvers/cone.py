@@ -7,14 +7,14 @@ For weights x, the point of :math:`\{d : J d \ge 0\}` that is closest to :math:`
 In the unit-diagonal form the multipliers :math:`\lambda = S (w - x) \ge 0` solve the complementarity problem
 :math:`C \lambda \ge -C S x`: again non-negative least squares.
 
-Shapes: K = objectives, P = vectors to project.
+Shapes: K = objectives, P = vectors to project, R = rank of the Gramian.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64
 
 from mogb.solvers.active_set import DESCENT, block_pivoting, descend, least_squares
 from mogb.solvers.scaling import EPS, factor, unit_diagonal
@@ -27,6 +27,8 @@ TOLERANCE = 1e-12
 MANY = 24
 # The smallest eigenvalue that quadprog is given.
 RIDGE = 1e-12
+# Of block pivoting; what it has not solved by then is solved one by one.
+ROUNDS = 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,63 +78,73 @@ def project_on_dual_cone(
     scales = np.abs(points).max(axis=1)
     scales[scales == 0] = 1.0
     points /= scales[:, None]
-    products = points.dot(cosines)
-    open_rows = (products.min(axis=1) < 0).nonzero()[0]
-    if open_rows.size == 0:
+    targets = -points.dot(cosines)
+    conflicting = (targets.max(axis=1) > 0).nonzero()[0]
+    if conflicting.size == 0:
         return ConeProjection(coefficients.copy(), 0.0, True)
-    if max_steps is None:
-        max_steps = 30 * len(norms)
-    targets = -products[open_rows]
+    rows, error = factor(cosines)
+    problem = _Problem(cosines, rows, points[conflicting], targets[conflicting], 8 * len(norms) * EPS + error)
     if solver == "quadprog":
-        multipliers, error = _quadprog(cosines, targets), 0.0
+        multipliers = _quadprog(problem)
+        residuals, wrong = problem.check(multipliers)
     else:
-        multipliers, error = _active_set(cosines, points[open_rows], targets, max_steps)
-    residuals = _residuals(cosines, targets, multipliers)
-    residual = float(residuals.max())
-    mass = np.abs(points[open_rows]).sum(axis=1) + multipliers.sum(axis=1)
-    resolution = (8 * len(norms) * EPS + error) * float(mass.max())
-    raised = multipliers * (scales[open_rows, None] / np.where(norms > 0, norms, np.inf))
+        multipliers, residuals, wrong = _active_set(problem, 30 * len(norms) if max_steps is None else max_steps)
     weights = coefficients.copy()
-    weights[open_rows] += raised
-    return ConeProjection(weights, residual, residual <= max(TOLERANCE, resolution))
+    weights[conflicting] += multipliers * (scales[conflicting, None] / np.where(norms > 0, norms, np.inf))
+    return ConeProjection(weights, float(residuals.max()), not wrong.any())
+
+
+@dataclass(frozen=True, eq=False)
+class _Problem:
+    """Find multipliers >= 0 with cosines @ multipliers >= targets, complementary, for every row."""
+
+    cosines: Float64[np.ndarray, "K K"]
+    rows: Float64[np.ndarray, "R K"]  # rows.T @ rows = cosines
+    points: Float64[np.ndarray, "P K"]
+    targets: Float64[np.ndarray, "P K"]  # -points @ cosines
+    rounding: float  # of the cosines
+
+    def check(
+        self, multipliers: Float64[np.ndarray, "P K"]
+    ) -> tuple[Float64[np.ndarray, " P"], Bool[np.ndarray, " P"]]:
+        """The residual of every row, and whether rounding does not explain it."""
+        slack = multipliers.dot(self.cosines) - self.targets
+        residuals = np.maximum(-slack, np.minimum(multipliers, slack)).max(axis=1)
+        mass = np.abs(self.points).sum(axis=1) + multipliers.sum(axis=1)
+        return residuals, residuals > np.maximum(TOLERANCE, self.rounding * mass)
 
 
 def _active_set(
-    cosines: Float64[np.ndarray, "K K"],
-    points: Float64[np.ndarray, "P K"],
-    targets: Float64[np.ndarray, "P K"],
-    max_steps: int,
-) -> tuple[Float64[np.ndarray, "P K"], float]:
-    """The multipliers, and how far the factor that they were found with is from the cosines."""
-    multipliers = np.zeros_like(points)
-    left = np.arange(len(points))
-    rows, error = factor(cosines)
-    if len(cosines) >= MANY and 2 * len(rows) >= len(cosines):
-        multipliers, solved = block_pivoting(cosines, targets, min(max_steps, 100))
-        left = (~solved | (_residuals(cosines, targets, multipliers) > TOLERANCE)).nonzero()[0]
-    images = points.dot(-rows.T)
-    for row in left:
-        found = least_squares(rows, images[row], max_steps)
-        if found is None:
-            found, _ = descend(cosines, targets[row], multipliers[row], min(max_steps, DESCENT))
-        multipliers[row] = found
-    return multipliers, error
+    problem: _Problem, max_steps: int
+) -> tuple[Float64[np.ndarray, "P K"], Float64[np.ndarray, " P"], Bool[np.ndarray, " P"]]:
+    multipliers = np.zeros_like(problem.points)
+    wrong = np.ones(len(multipliers), dtype=bool)
+    size = len(problem.cosines)
+    if size >= MANY and 2 * len(problem.rows) >= size:
+        multipliers = block_pivoting(problem.cosines, problem.targets, min(max_steps, ROUNDS))
+        residuals, wrong = problem.check(multipliers)
+        if not wrong.any():
+            return multipliers, residuals, wrong
+    images = problem.points.dot(-problem.rows.T)
+    for row in wrong.nonzero()[0]:
+        found = least_squares(problem.rows, images[row], max_steps)
+        multipliers[row] = 0.0 if found is None else found
+    residuals, wrong = problem.check(multipliers)
+    if wrong.any():
+        for row in wrong.nonzero()[0]:
+            steps = min(max_steps, DESCENT)
+            multipliers[row], _ = descend(problem.cosines, problem.targets[row], multipliers[row], steps)
+        residuals, wrong = problem.check(multipliers)
+    return multipliers, residuals, wrong
 
 
-def _residuals(
-    cosines: Float64[np.ndarray, "K K"], targets: Float64[np.ndarray, "*P K"], multipliers: Float64[np.ndarray, "*P K"]
-) -> Float64[np.ndarray, "*P"]:
-    slack = multipliers.dot(cosines) - targets
-    return np.maximum(-slack, np.minimum(multipliers, slack)).max(axis=-1)
-
-
-def _quadprog(cosines: Float64[np.ndarray, "K K"], targets: Float64[np.ndarray, "P K"]) -> Float64[np.ndarray, "P K"]:
+def _quadprog(problem: _Problem) -> Float64[np.ndarray, "P K"]:
     try:
         import quadprog
     except ImportError as error:
         raise ImportError('solver="quadprog" needs the package quadprog: pip install "mogb[quadprog]".') from error
-    identity = np.eye(len(cosines))
-    least = float(np.linalg.eigvalsh(cosines)[0])
-    regular = cosines + max(RIDGE - least, 0.0) * identity  # it takes none but positive definite matrices
-    solutions = [quadprog.solve_qp(regular, target, identity, np.zeros(len(cosines)))[0] for target in targets]
+    size = len(problem.cosines)
+    least = float(np.linalg.eigvalsh(problem.cosines)[0])
+    regular = problem.cosines + max(RIDGE - least, 0.0) * np.eye(size)  # it takes none but positive definite matrices
+    solutions = [quadprog.solve_qp(regular, target, np.eye(size), np.zeros(size))[0] for target in problem.targets]
     return np.maximum(solutions, 0.0)

@@ -22,6 +22,7 @@ from jaxtyping import Float64
 from scipy.linalg.lapack import dposv
 
 from mogb.solvers.active_set import Move, Slack, least_squares, search_supports
+from mogb.solvers.cone import project_on_dual_cone
 from mogb.solvers.scaling import EPS, factor, unit_diagonal
 
 # Largest residual that counts as solved when rounding does not force a larger one.
@@ -128,8 +129,8 @@ def _solve(problem: _Problem, max_steps: int, has_zero: bool) -> Float64[np.ndar
         return point
     # Zero is in the hull. It is optimal if and only if the part of g_0 that the cone of the gradients can cancel is
     # no longer than c |g_0|.
-    away = least_squares(problem.rows, -problem.rows.dot(problem.mean), 30 * len(point))
-    if away is None or np.linalg.norm(problem.rows.dot(away)) <= problem.radius * (1 + LEVEL):
+    away = project_on_dual_cone(problem.cosines, problem.mean[None]).weights[0] - problem.mean
+    if np.linalg.norm(problem.rows.dot(away)) <= problem.radius * (1 + LEVEL):
         return None
     point, _ = _search(problem, away / problem.relative.dot(away), max_steps)
     return point
