@@ -20,6 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/mogb compare --quick --out runs/demo --overwrite
+	@echo "Pictures: runs/demo/*.png  Tables: runs/demo/summary.md  Everything on one page: runs/demo/report.html"
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu"
@@ -35,6 +36,11 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build --quiet --strict
 
 clean:
 	rm -rf $(VENV) runs site .pytest_cache .mypy_cache .ruff_cache

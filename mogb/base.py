@@ -16,6 +16,25 @@ where small problems are solved exactly; N-sized things (gradients, directions) 
 their own device. The public methods check their input once, in the user's words, and convert; what a method writes
 (the underscored methods) may trust its input.
 
+Some methods need more of a training loop than losses and gradients; :attr:`Aggregator.phases` says what. A loop that
+serves every method::
+
+    optimizer = torch.optim.Adam([*model.parameters(), *method.parameters()])
+    for epoch in range(epochs):
+        for batch in batches:
+            optimizer.zero_grad()
+            mogb.backward(losses_of(batch), model, method)
+            optimizer.step()
+            if "update" in method.phases:  # costs a forward pass
+                with torch.no_grad():
+                    method.update(losses_of(batch))
+        method.end_epoch()
+
+Calling what a method does not have does nothing. Forgetting what it needs is a RuntimeError that says what to call.
+
+State is replaced, never changed in place, and only once nothing can fail any more: a step that fails leaves a method
+as it was.
+
 Shapes: K = objectives, N = numbers in one gradient.
 """
 
@@ -23,20 +42,25 @@ import dataclasses
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float64
-from torch import Tensor
+from torch import Tensor, nn
 
 from mogb.errors import NonFiniteError
 from mogb.jacobian import Jacobian, all_finite
+from mogb.learned import LearnedVector
 
 Reads = Literal["losses", "gramian", "gramian+losses", "jacobian"]
+Phase = Literal["parameters", "update", "end_epoch"]
+StateKind = Literal["array", "tensor", "tensors", "number", "generator", "learned"]
 StateValue = Tensor | float | int | bool | str
 
 _REGISTRY: dict[str, type["Aggregator"]] = {}
@@ -45,8 +69,8 @@ _REGISTRY: dict[str, type["Aggregator"]] = {}
 class Promise(Enum):
     """What theory guarantees of a method *and* this implementation keeps. The contract tests check every one.
 
-    Each holds for every input, up to rounding, from the state of a fresh instance. The weights of a zero direction,
-    and of a direction that several weights give, may differ where the direction does not.
+    Each holds for every input, up to rounding, from the state of a fresh instance. Rescaling an objective rescales its
+    loss and its gradient. The weights of a direction that several weights give may differ where it does not.
     """
 
     NON_CONFLICTING = "non-conflicting"  # d . g_k >= 0 for every objective k
@@ -103,6 +127,7 @@ class Solution:
         left_out: Objectives that took no part, such as zero gradients.
         note: What a reader of the report should know, such as "Pareto stationary"; empty for an ordinary answer.
         details: Named numbers of the method (the simplex weights behind rescaled ones, say), for the curious.
+        value: Of the function of the losses whose derivatives the weights are, where there is one.
     """
 
     weights: Float64[np.ndarray, " K"]
@@ -111,6 +136,7 @@ class Solution:
     left_out: tuple[int, ...] = ()
     note: str = ""
     details: Mapping[str, Float64[np.ndarray, "..."]] = field(default_factory=dict)
+    value: float | None = None
 
     def among(self, live: Bool[np.ndarray, " L"]) -> "Solution":
         """The same answer among L objectives: those that took no part have the weight 0 and are left out."""
@@ -124,11 +150,12 @@ class Solution:
         )
 
 
-def state(default: Any = None, *, kind: Literal["array", "tensor", "number", "generator"] = "array") -> Any:
+def state(default: Any = None, *, kind: StateKind = "array") -> Any:
     """Declares a dataclass field that is state: not an option, reset by ``reset()``, saved by ``state_dict()``.
 
-    ``kind`` says what the field holds when it is not None: a float64 NumPy array, a torch tensor, a plain number or a
-    ``torch.Generator``. Generators are made in ``_start()``.
+    ``kind`` says what the field holds when it is not None: a float64 NumPy array, a torch tensor, a tuple of tensors
+    (saved under ``name.0``, ``name.1`` ...), a plain number, a ``torch.Generator`` or a
+    :class:`~mogb.learned.LearnedVector`. The last two are made in ``_start()``.
     """
     return field(default=default, init=False, repr=False, compare=False, metadata={"state": kind})
 
@@ -171,6 +198,63 @@ class Aggregator(ABC):
     def yields_weights(self) -> bool:
         """Whether the direction is a weighted sum of the gradients whose weights are known."""
         return self.reads != "jacobian"
+
+    @property
+    def needs_positive_losses(self) -> bool:
+        """Whether it takes logarithms or ratios of the losses, and refuses those that are not positive."""
+        return False
+
+    @property
+    def scales_coordinates(self) -> bool:
+        """Whether it scales every coordinate apart, as Adam does, so that not even one gradient keeps its direction."""
+        return False
+
+    @property
+    def phases(self) -> frozenset[Phase]:
+        """What this instance needs of a training loop besides its input at every step; see the top of this module.
+
+        ``"parameters"``: an optimizer must get :meth:`parameters`. ``"update"``: :meth:`update` must be called after
+        every optimizer step. ``"end_epoch"``: :meth:`end_epoch` must be called after every epoch.
+        """
+        return frozenset()
+
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """What the user's optimizer has to learn, empty for most methods; every solve sets their ``.grad``.
+
+        They are float64 numbers on the CPU, one per objective. Keep weight decay and gradient scalers away from them:
+        give them a parameter group or an optimizer of their own.
+        """
+        learned = (getattr(self, item.name) for item in _state_fields(self) if item.metadata["state"] == "learned")
+        return tuple(vector.hand_out() for vector in learned)
+
+    def update(self, losses: Float[Tensor, " K"] | Sequence[Tensor | float] | Mapping[str, Tensor]) -> None:
+        """Shows a two-phase method what the optimizer step did.
+
+        Nothing happens if the last step did not solve, as when its weights were reused. Where several processes train
+        together, all must pass the same numbers: the mean over the processes.
+
+        Args:
+            losses: Of the batch of the last solve, evaluated again after the step.
+
+        Raises:
+            TypeError: No floating-point numbers.
+            ValueError: A wrong shape.
+            NonFiniteError: NaN or Inf in a loss. Nothing is learned from this step, and the next one may follow.
+        """
+        if "update" not in self.phases:
+            return
+        try:
+            values = _loss_array(self, _as_vector(losses), None)
+        except NonFiniteError:
+            self._update(None)
+            raise
+        assert values is not None
+        self._update(values)
+
+    def end_epoch(self) -> None:
+        """Tells a method that compares epochs that one is over."""
+        if "end_epoch" in self.phases:
+            self._end_epoch()
 
     def solve(self, gramian: Float[Tensor, "K K"] | None = None, losses: Float[Tensor, " K"] | None = None) -> Solution:
         """The weights with their certificate.
@@ -218,41 +302,58 @@ class Aggregator(ABC):
         gramian = None
         if self.reads != "losses":
             gramian = self._gramian(jacobian)
-        solution = self._checked(gramian, losses if losses is not None else np.ones(len(jacobian)))
-        direction = jacobian.combine(solution.weights)
-        if not all_finite(direction):
-            raise NonFiniteError("direction" if (i := jacobian.first_non_finite()) is None else "gradient", i)
+        with self.undone_on_failure():
+            solution = self._checked(gramian, losses if losses is not None else np.ones(len(jacobian)))
+            direction = jacobian.combine(solution.weights)
+            if not all_finite(direction):
+                raise NonFiniteError("direction" if (i := jacobian.first_non_finite()) is None else "gradient", i)
         return direction, gramian, solution
+
+    @contextmanager
+    def undone_on_failure(self) -> Iterator[None]:
+        """For engines: whatever fails inside leaves the state as it was before."""
+        saved = self._remember()
+        try:
+            yield
+        except BaseException:
+            self._recall(saved)
+            raise
 
     def reset(self) -> None:
         """Forgets every past step: the state is that of a fresh instance, generators included."""
         for item in _state_fields(self):
-            object.__setattr__(self, item.name, item.default)
+            if item.metadata["state"] == "learned":
+                getattr(self, item.name).restart()
+            else:
+                object.__setattr__(self, item.name, item.default)
         self._start()
 
     def state_dict(self) -> dict[str, StateValue]:
         """The state as tensors and plain numbers; empty for a stateless method."""
         saved: dict[str, StateValue] = {}
         for item in _state_fields(self):
-            value = getattr(self, item.name)
-            if value is not None:
-                saved[item.name.lstrip("_")] = _pack(value)
+            key, value = item.name.lstrip("_"), getattr(self, item.name)
+            if item.metadata["state"] == "tensors":
+                saved |= {f"{key}.{index}": _pack(part) for index, part in enumerate(value or ())}
+            elif value is not None:
+                saved[key] = _pack(value)
         return saved
 
     def load_state_dict(self, state: Mapping[str, StateValue]) -> None:
         """Takes over a state that :meth:`state_dict` gave, also into a fresh instance.
 
         Raises:
-            ValueError: A key that this method does not know.
+            ValueError: A key that this method does not know, or a part of a list that is missing.
         """
         known = {item.name.lstrip("_"): item for item in _state_fields(self)}
-        if unknown := sorted(set(state) - set(known)):
+        given, unknown = _by_field(state, known)
+        if unknown:
             raise ValueError(
                 f"{self.name!r} has no state named {', '.join(unknown)}. Its state: {', '.join(known) or 'none'}. "
                 "Load a state that was saved by the same method."
             )
         self.reset()
-        for key, value in state.items():
+        for key, value in given.items():
             item = known[key]
             object.__setattr__(self, item.name, _unpack(item.metadata["state"], value, getattr(self, item.name)))
 
@@ -260,7 +361,25 @@ class Aggregator(ABC):
         """Checks the options once, when the method is made; raises ValueError or TypeError."""
 
     def _start(self) -> None:
-        """Makes generators, after construction and on reset."""
+        """Makes generators and learned vectors, after construction; on reset, generators again."""
+
+    def _update(self, losses: Float64[np.ndarray, " K"] | None) -> None:
+        """The second half of a step of a two-phase method; None if the losses after the step were not finite."""
+
+    def _end_epoch(self) -> None:
+        """Closes an epoch, for a method that compares epochs."""
+
+    def _remember(self) -> dict[str, Any]:
+        """The state as it is now, by reference."""
+        return {name: _snapshot(getattr(self, name)) for name in _restorable(type(self))}
+
+    def _recall(self, saved: Mapping[str, Any]) -> None:
+        """Goes back to a state that :meth:`_remember` gave."""
+        for name in _restorable(type(self)):
+            if isinstance(current := getattr(self, name), torch.Generator):
+                current.set_state(saved[name])
+            else:
+                object.__setattr__(self, name, saved[name])
 
     def _gramian(self, jacobian: Jacobian) -> Float64[np.ndarray, "K K"]:
         gramian = jacobian.gramian()
@@ -304,7 +423,11 @@ class Aggregator(ABC):
 
 
 class LossAggregator(Aggregator):
-    """A method that needs only the losses: one backward pass, of ``weights @ losses``."""
+    """A method that needs only the losses: one backward pass, of ``weights @ losses``.
+
+    Where it is defined by a function f of the losses, the weights are the derivatives of f: ``weights @ losses`` then
+    has the gradient of f, but in general not its value, which is the solution's ``value``.
+    """
 
     needs_values: ClassVar[bool] = True  # False: only their number counts, so that a Jacobian alone will do
 
@@ -366,25 +489,38 @@ class GramianLossAggregator(Aggregator):
 
 
 class JacobianAggregator(Aggregator):
-    """A method that looks at single coordinates of the gradients: K backward passes, all rows kept."""
+    """A method that looks at single coordinates of the gradients: K backward passes, all rows kept.
 
-    needs_losses: ClassVar[bool] = False
+    It answers with a direction or, where that is a weighted sum of the gradients, with the weights.
+    """
+
+    @property
+    def needs_losses(self) -> bool:
+        """Whether it reads the losses too."""
+        return False
 
     @property
     def reads(self) -> Reads:
         return "jacobian"
 
     @abstractmethod
-    def _direction(self, jacobian: Jacobian, losses: Float64[np.ndarray, " K"] | None) -> tuple[Tensor, ...]: ...
+    def _direction(
+        self, jacobian: Jacobian, losses: Float64[np.ndarray, " K"] | None
+    ) -> tuple[Tensor, ...] | Solution: ...
 
     def direct(
         self, jacobian: Jacobian, losses: Float64[np.ndarray, " K"] | None
     ) -> tuple[tuple[Tensor, ...], Float64[np.ndarray, "K K"] | None, Solution | None]:
-        """For engines: the direction block by block; there is no Gramian and no solution."""
-        direction = self._direction(jacobian, losses)
-        if not all_finite(direction):
-            raise NonFiniteError("direction" if (i := jacobian.first_non_finite()) is None else "gradient", i)
-        return direction, None, None
+        """For engines: the direction block by block, and the solution if there are weights."""
+        if self.yields_weights:  # with options that make the Gramian enough
+            return super().direct(jacobian, losses)
+        with self.undone_on_failure():
+            found = self._direction(jacobian, losses)
+            solution = found if isinstance(found, Solution) else None
+            direction = jacobian.combine(found.weights) if isinstance(found, Solution) else found
+            if not all_finite(direction):
+                raise NonFiniteError("direction" if (i := jacobian.first_non_finite()) is None else "gradient", i)
+        return direction, None, solution
 
 
 class Wrapper(Aggregator):
@@ -393,16 +529,19 @@ class Wrapper(Aggregator):
     Attributes:
         inner: The method that it wears.
         needs_gramian: Whether it reads the Gramian even where the method inside does not.
+        needs_values: Whether it reads the values of the losses even where the method inside does not.
     """
 
     inner: Aggregator
     needs_gramian: ClassVar[bool] = False
+    needs_values: ClassVar[bool] = False
 
     @property
     def reads(self) -> Reads:
-        if self.needs_gramian and self.inner.reads == "losses":
-            return "gramian+losses" if needs_losses(self.inner) else "gramian"
-        return self.inner.reads
+        gramian = self.needs_gramian or self.inner.reads != "losses"
+        if self.needs_values or needs_losses(self.inner):
+            return "gramian+losses" if gramian else "losses"
+        return "gramian" if gramian else "losses"
 
     def _solve(self, gramian: Float64[np.ndarray, "K K"] | None, losses: Float64[np.ndarray, " K"] | None) -> Solution:
         size = len(gramian) if gramian is not None else len(losses) if losses is not None else 0
@@ -420,6 +559,31 @@ class Wrapper(Aggregator):
     def reference(self) -> Reference:  # type: ignore[override]
         """The reference of the method inside."""
         return self.inner.reference
+
+    @property
+    def needs_positive_losses(self) -> bool:
+        return self.inner.needs_positive_losses
+
+    @property
+    def phases(self) -> frozenset[Phase]:
+        return self.inner.phases
+
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """Those of the method inside."""
+        return self.inner.parameters()
+
+    def _update(self, losses: Float64[np.ndarray, " K"] | None) -> None:
+        self.inner._update(losses)
+
+    def _end_epoch(self) -> None:
+        self.inner._end_epoch()
+
+    def _remember(self) -> dict[str, Any]:
+        return super()._remember() | {"inner": self.inner._remember()}
+
+    def _recall(self, saved: Mapping[str, Any]) -> None:
+        super()._recall(saved)
+        self.inner._recall(saved["inner"])
 
     def reset(self) -> None:
         """Forgets every past step, also of the method inside."""
@@ -471,7 +635,47 @@ def _state_fields(aggregator: Aggregator) -> list["dataclasses.Field[Any]"]:
     return [item for item in dataclasses.fields(aggregator) if "state" in item.metadata]  # type: ignore[arg-type]
 
 
+@cache
+def _restorable(cls: type[Aggregator]) -> tuple[str, ...]:
+    """The state fields that a failed step may have changed. Learned numbers change only with an optimizer's step."""
+    return tuple(
+        item.name
+        for item in dataclasses.fields(cls)  # type: ignore[arg-type]
+        if item.metadata.get("state", "learned") != "learned"
+    )
+
+
+def _snapshot(value: Any) -> Any:
+    return value.get_state() if isinstance(value, torch.Generator) else value
+
+
+def _by_field(
+    state: Mapping[str, StateValue], known: Mapping[str, "dataclasses.Field[Any]"]
+) -> tuple[dict[str, Any], list[str]]:
+    """The saved values by field, lists of tensors put together, and the keys that belong to none."""
+    given: dict[str, Any] = {}
+    unknown: list[str] = []
+    for key, value in state.items():
+        stem, dot, index = key.partition(".")
+        if stem not in known or (known[stem].metadata["state"] == "tensors") != (index.isdigit() and bool(dot)):
+            unknown.append(key)
+        elif dot:
+            given.setdefault(stem, {})[int(index)] = value
+        else:
+            given[key] = value
+    for stem, parts in given.items():
+        if known[stem].metadata["state"] == "tensors":
+            if sorted(parts) != list(range(len(parts))):
+                raise ValueError(
+                    f"The state {stem!r} lacks parts: it has {', '.join(map(str, sorted(parts)))}. Load all of it."
+                )
+            given[stem] = [parts[index] for index in range(len(parts))]
+    return given, sorted(unknown)
+
+
 def _pack(value: Any) -> StateValue:
+    if isinstance(value, LearnedVector):
+        return value.save()
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value.copy())
     if isinstance(value, Tensor):
@@ -481,10 +685,15 @@ def _pack(value: Any) -> StateValue:
     return value
 
 
-def _unpack(kind: str, value: StateValue, current: Any) -> Any:
+def _unpack(kind: str, value: Any, current: Any) -> Any:
     if kind == "generator":
         current.set_state(value)
         return current
+    if kind == "learned":
+        current.load(value)
+        return current
+    if kind == "tensors":
+        return tuple(torch.as_tensor(part).detach().clone() for part in value)
     if kind == "array":
         return torch.as_tensor(value).detach().cpu().double().numpy().copy()
     if kind == "tensor":
@@ -496,9 +705,9 @@ def _check_jacobian(jacobian: Tensor) -> None:
     if not isinstance(jacobian, Tensor) or not jacobian.is_floating_point():
         found = jacobian.dtype if isinstance(jacobian, Tensor) else type(jacobian).__name__
         raise TypeError(f"jacobian must be a floating-point tensor [K, N], one gradient a row, but got {found}.")
-    if jacobian.ndim != 2 or jacobian.shape[0] == 0:
+    if jacobian.ndim != 2 or 0 in jacobian.shape:
         raise ValueError(
-            f"jacobian must have the shape [K, N] with K >= 1, one gradient a row, but got {list(jacobian.shape)}."
+            f"jacobian must have the shape [K, N] with K, N >= 1, one gradient a row, but got {list(jacobian.shape)}."
         )
 
 
@@ -520,6 +729,17 @@ def _as_arrays(
     elif aggregator.reads != "losses":
         raise TypeError(f"{aggregator.name!r} reads the Gramian: pass gramian=[K, K].")
     return matrix, _loss_array(aggregator, losses, None if matrix is None else len(matrix))
+
+
+def _as_vector(losses: Tensor | Sequence[Tensor | float] | Mapping[str, Tensor]) -> Tensor:
+    """The losses of a training loop as one tensor, whatever they came in."""
+    if isinstance(losses, Tensor):
+        return losses
+    items = tuple(losses.values()) if isinstance(losses, Mapping) else tuple(losses)
+    scalars = [item.detach() if isinstance(item, Tensor) else torch.tensor(float(item)) for item in items]
+    if not scalars or any(scalar.numel() != 1 for scalar in scalars):
+        raise ValueError("losses must be one number per objective: a tensor [K], or K scalars.")
+    return torch.stack([scalar.reshape(()).to("cpu", torch.float64) for scalar in scalars])
 
 
 def _loss_array(
@@ -551,5 +771,7 @@ def needs_losses(aggregator: Aggregator) -> bool:
     if reads != "losses":
         return reads == "gramian+losses" or (isinstance(aggregator, JacobianAggregator) and aggregator.needs_losses)
     while isinstance(aggregator, Wrapper):
+        if aggregator.needs_values:
+            return True
         aggregator = aggregator.inner
     return isinstance(aggregator, LossAggregator) and aggregator.needs_values

@@ -109,9 +109,9 @@ def _shared_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--workers",
         metavar="N",
-        type=_positive,
+        type=_count,
         default=_cores(),
-        help="processes; default: one per core (%(default)s)",
+        help="processes, 0 for none beside this one; default: one per core (%(default)s)",
     )
     command.add_argument("--no-figures", action="store_true", help="tables only; needs no matplotlib")
 
@@ -239,13 +239,17 @@ def _plan(options: argparse.Namespace) -> Plan:
 
 
 def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, but got {text!r}")
-    return value
+    return _whole(text, 1)
+
+
+def _count(text: str) -> int:
+    return _whole(text, 0)
+
+
+def _whole(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, but got {text!r}")
+    return int(text)
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -98,7 +98,7 @@ class Spec:
             if self.inner is None:
                 raise SpecError(f"{self.name!r} is a wrapper and needs a method first, such as {self.name}(mgda).")
             options["inner"] = self.inner.build(seed)
-        _check_kinds(self, cls)
+        options |= _numbers(self, cls)
         try:
             return cls(**options)
         except (TypeError, ValueError, ImportError) as error:
@@ -136,15 +136,19 @@ def parse_spec(text: str) -> Spec:
     return specs[0]
 
 
-def _check_kinds(spec: Spec, cls: type[Aggregator]) -> None:
-    """Refuses words where numbers are due, before a comparison of the two fails in words of its own."""
+def _numbers(spec: Spec, cls: type[Aggregator]) -> dict[str, float]:
+    """The options that are numbers, with 1 as 1.0 where that is meant; refuses words in their place."""
     parameters = inspect.signature(cls.__init__).parameters
+    numbers = {}
     for name, value in spec.options:
         wanted = parameters[name].annotation
         kind = type(value)
         fits = {bool: kind is bool, int: kind is int, float: kind in (int, float)}
         if not fits.get(wanted, True):
             raise SpecError(f"{spec}: {name} must be {_KINDS[wanted]}, but got {_text(value)}.")
+        if wanted is float:
+            numbers[name] = float(value)  # type: ignore[arg-type]
+    return numbers
 
 
 class _Reader:

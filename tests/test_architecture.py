@@ -11,11 +11,12 @@ ROOT = pathlib.Path(__file__).parents[1]
 LAYERS = {
     "mogb.errors": ((), ()),
     "mogb.jacobian": ((), ("torch", "numpy", "jaxtyping")),
-    "mogb.base": (("mogb.errors", "mogb.jacobian"), ("torch", "numpy", "jaxtyping")),
+    "mogb.learned": ((), ("torch", "numpy", "jaxtyping")),
+    "mogb.base": (("mogb.errors", "mogb.jacobian", "mogb.learned"), ("torch", "numpy", "jaxtyping")),
     "mogb.solvers": ((), ("torch", "numpy", "scipy", "jaxtyping", "quadprog")),
     "mogb.wrappers": (("mogb.base", "mogb.errors", "mogb.jacobian"), ("torch", "numpy", "jaxtyping")),
     "mogb.aggregators": (
-        ("mogb.base", "mogb.errors", "mogb.jacobian", "mogb.solvers", "mogb.wrappers"),
+        ("mogb.base", "mogb.errors", "mogb.jacobian", "mogb.learned", "mogb.solvers", "mogb.wrappers"),
         ("torch", "numpy", "scipy", "jaxtyping"),
     ),
     "mogb.engines": (("mogb.base", "mogb.errors", "mogb.jacobian"), ("torch", "numpy", "jaxtyping")),
@@ -24,17 +25,22 @@ LAYERS = {
     "mogb.specs": (("mogb.base", "mogb.aggregators", "mogb.wrappers"), ()),
     "mogb.compare": (
         (
-            "mogb.base", "mogb.errors", "mogb.engines", "mogb.aggregators", "mogb.wrappers", "mogb.specs",
-            "mogb.problems", "mogb.metrics", "mogb",
+            "mogb", "mogb.base", "mogb.errors", "mogb.jacobian", "mogb.aggregators", "mogb.wrappers", "mogb.specs",
+            "mogb.problems", "mogb.metrics",
         ),
         ("torch", "numpy", "scipy", "jaxtyping", "rich"),
     ),
-    "mogb.plotting": (("mogb.compare", "mogb.problems", "mogb.metrics"), ("torch", "numpy", "scipy", "matplotlib")),
-    "mogb.report": (("mogb.compare", "mogb.plotting", "mogb.aggregators", "mogb"), ("numpy",)),
+    "mogb.catalog": (
+        ("mogb.base", "mogb.aggregators", "mogb.wrappers", "mogb.problems", "mogb.compare"), (),
+    ),
+    "mogb.plotting": (
+        ("mogb.compare", "mogb.problems", "mogb.metrics"), ("torch", "numpy", "scipy", "jaxtyping", "matplotlib"),
+    ),
+    "mogb.report": (("mogb", "mogb.compare", "mogb.plotting", "mogb.aggregators", "mogb.specs"), ("numpy",)),
     "mogb.cli": (
         (
-            "mogb.base", "mogb.compare", "mogb.plotting", "mogb.report", "mogb.aggregators", "mogb.specs",
-            "mogb.problems", "mogb",
+            "mogb", "mogb.base", "mogb.catalog", "mogb.compare", "mogb.report", "mogb.aggregators", "mogb.specs",
+            "mogb.problems",
         ),
         ("rich",),
     ),

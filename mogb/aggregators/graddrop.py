@@ -58,7 +58,7 @@ class GradDrop(JacobianAggregator, name="graddrop"):
     _generator: torch.Generator = state(kind="generator")
 
     def _check(self) -> None:
-        if isinstance(self.leak, Sequence):
+        if not isinstance(self.leak, (int, float)):
             self.leak = tuple(float(leak) for leak in self.leak)
         if not (np.size(self.leak) and np.min(self.leak) >= 0 and np.max(self.leak) <= 1):
             raise ValueError(f"leak must be in [0, 1], one number or one per objective, but got {self.leak!r}.")
@@ -67,7 +67,7 @@ class GradDrop(JacobianAggregator, name="graddrop"):
         self._generator = torch.Generator().manual_seed(self.seed)
 
     def _direction(self, jacobian: Jacobian, losses: Float64[np.ndarray, " K"] | None) -> tuple[Tensor, ...]:
-        leaks = np.broadcast_to(self.leak, len(jacobian)) if np.ndim(self.leak) == 0 else np.array(self.leak)
+        leaks = np.array(self.leak) if isinstance(self.leak, tuple) else np.full(len(jacobian), self.leak)
         if len(leaks) != len(jacobian):
             raise ValueError(f"leak must have one number per objective, {len(jacobian)}, but has {len(leaks)}.")
         return jacobian.map(lambda rows: self._drop(rows, leaks))

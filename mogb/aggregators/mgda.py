@@ -74,6 +74,10 @@ class MGDA(GramianLossAggregator, name="mgda"):
         return "gramian+losses" if self.normalization in ("loss", "loss+") else "gramian"
 
     @property
+    def needs_positive_losses(self) -> bool:
+        return self.normalization in ("loss", "loss+")
+
+    @property
     def leaves_out_zero(self) -> bool:
         return self.ignore_zero
 
@@ -83,8 +87,8 @@ class MGDA(GramianLossAggregator, name="mgda"):
             return self.promises
         if self.apply_to == "raw":
             return self.promises - {Promise.NON_CONFLICTING}
-        by_norm = self.normalization != "loss"  # the direction then has a length of its own
-        return self.promises - {Promise.SIMPLEX_WEIGHTS} - ({Promise.HOMOGENEOUS} if by_norm else set())
+        kept = self.promises - {Promise.SIMPLEX_WEIGHTS, Promise.HOMOGENEOUS}  # the direction has a scale of its own
+        return kept if self.normalization == "loss+" else kept | {Promise.SCALE_FREE}
 
     def _weights(self, gramian: Float64[np.ndarray, "K K"], losses: Float64[np.ndarray, " K"]) -> Solution:
         if self.normalization == "none":

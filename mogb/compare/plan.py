@@ -17,7 +17,7 @@ QUICK_PROBLEMS = (
     "valley", "valley_scaled", "quadratic_elementwise", "quadratic_convex", "quadratic_scaled", "fonseca_2d",
     "zdt1", "zdt3", "dtlz2", "bowls_2d", "bowls_noisy", "multitask", "specialists",
 )  # fmt: skip
-DEFAULT_SEEDS = {"quick": 2, "full": 5}
+DEFAULT_SEEDS = {"quick": 1, "full": 2}
 FORMAT = 1
 
 

@@ -121,7 +121,7 @@ class Summary:
             return row
         distances = _flat(good, "distance")
         return row | {
-            "arrived": _mean([value <= tolerance for value in distances]),
+            "arrived": _mean([float(value <= tolerance) for value in distances]),
             "distance_median": float(np.median(distances)) if distances else None,
             "distance_mean": _mean(distances), "distance_max": max(distances, default=None),
             "steps_to_tolerance": _median(_flat(good, "steps_to_tolerance")),
@@ -177,7 +177,7 @@ def _ranks(name: str, ranking: Ranking | None, problem: str, method: str) -> Row
 
 
 def _flat(records: Iterable[Record], name: str) -> list[float]:
-    return [value for record in records for value in record.get(name) or () if value is not None]
+    return [float(value) for record in records for value in record.get(name) or () if value is not None]
 
 
 def _single(records: Iterable[Record], name: str) -> list[float]:

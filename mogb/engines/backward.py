@@ -88,8 +88,9 @@ def backward(
     ranks = find_ranks(process_group, num_samples)
     values = checked_values(found, ranks)
     if aggregator.reads == "losses":
-        solution = aggregator._checked(None, values if needs_losses(aggregator) else np.ones(len(found)))
-        passes = weighted_backward(found, plan, solution, ranks, retain_graph=retain_graph)
+        with aggregator.undone_on_failure():
+            solution = aggregator._checked(None, values if needs_losses(aggregator) else np.ones(len(found)))
+            passes = weighted_backward(found, plan, solution, ranks, retain_graph=retain_graph)
         return make_report(values, found.names, solution, None, passes)
     return _balanced_backward(found, plan, aggregator, values, ranks, retain_graph)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Bool, Float64
 
-from mogb.base import Aggregator, Promise, Reads, Solution, Wrapper
+from mogb.base import Aggregator, Promise, Solution, Wrapper, needs_losses
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,18 @@ class Logarithmic(Wrapper):
         tensor([2.0000, 0.2500])
     """
 
+    needs_values = True
+
     inner: Aggregator
 
     @property
-    def reads(self) -> Reads:
-        return "losses" if self.inner.reads == "losses" else "gramian+losses"
+    def needs_positive_losses(self) -> bool:
+        return True
 
     @property
     def promises(self) -> frozenset[Promise]:  # type: ignore[override]
-        return self.inner.keeps - {Promise.SIMPLEX_WEIGHTS}
+        kept = self.inner.keeps & {Promise.NON_CONFLICTING, Promise.PERMUTATION_EQUIVARIANT}
+        return kept if needs_losses(self.inner) else kept | {Promise.SCALE_FREE}
 
     def _solve_live(
         self,
@@ -58,3 +61,6 @@ class Logarithmic(Wrapper):
         scaled = None if gramian is None else gramian * inverse * inverse[:, None]
         solution = self.inner._solve_live(scaled, np.log(losses), live)
         return replace(solution, weights=solution.weights * inverse)
+
+    def _update(self, losses: Float64[np.ndarray, " K"] | None) -> None:
+        self.inner._update(None if losses is None else np.log(losses))

@@ -17,12 +17,14 @@ from jaxtyping import Bool, Float64
 
 from mogb.base import Aggregator, Promise, Solution, Wrapper
 
+EPS = float(np.finfo(np.float64).eps)
+
 Length = Literal["mean_gradient", "mean_norm", "times_mean_norm", "cap"]
 
 
 @dataclass(frozen=True)
 class Rescaled(Wrapper):
-    r"""Changes the length of the direction, and nothing else. A zero direction stays zero.
+    r"""Changes the length of the direction, and nothing else. One that is zero up to rounding stays as it is.
 
     Args:
         inner: The method.
@@ -83,15 +85,22 @@ class Rescaled(Wrapper):
             return 1.0
         if self.length == "times_mean_norm":
             return _mean_norm(gramian, part)
-        norm = math.sqrt(max(float(solution.weights @ gramian @ solution.weights), 0.0))
-        if norm == 0:
+        squared = float(solution.weights @ gramian @ solution.weights)
+        if squared <= _resolution(gramian, solution):
             return 1.0
+        norm = math.sqrt(squared)
         if self.length == "cap":
             assert self.max_norm is not None
             return min(1.0, self.max_norm / norm)
         if self.length == "mean_norm":
             return _mean_norm(gramian, part) / norm
         return math.sqrt(max(float(part @ gramian @ part), 0.0)) / count / norm
+
+
+def _resolution(gramian: Float64[np.ndarray, "K K"], solution: Solution) -> float:
+    """What rounding may leave of the squared norm of a direction that is zero."""
+    mass = float(np.abs(solution.weights) @ np.sqrt(np.maximum(gramian.diagonal(), 0.0)))
+    return 8 * len(gramian) * EPS * mass * mass
 
 
 def _mean_norm(gramian: Float64[np.ndarray, "K K"], part: Bool[np.ndarray, " K"]) -> float:

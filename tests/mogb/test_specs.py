@@ -17,7 +17,8 @@ def test_a_comma_inside_parentheses_does_not_split_the_list():
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("1", 1), ("-2", -2), ("0.5", 0.5), (".5", 0.5), ("2.", 2.0), ("1e-3", 1e-3), ("+1E2", 100.0), ("inf", float("inf")),
+        ("1", 1), ("-2", -2), ("0.5", 0.5), (".5", 0.5), ("2.", 2.0), ("1e-3", 1e-3), ("+1E2", 100.0),
+        ("inf", float("inf")),
         ("true", True), ("False", False), ("none", None), ("l2", "l2"), ("loss+", "loss+"), ("'a b, c'", "a b, c"),
         ('"x"', "x"), ("[]", []), ("[1, 2.5,[x]]", [1, 2.5, ["x"]]),
     ],

@@ -20,12 +20,15 @@ def run(balancer, point, steps, start=0):
         weights.append(report.weights)
         with torch.no_grad():
             point -= 0.05 * point.grad
+            balancer.aggregator.update(losses_at(point, step))
     return weights
 
 
 def fresh(name="marble", **options):
     point = torch.tensor([1.0, -1.0], dtype=torch.float64, requires_grad=True)
-    return point, mogb.Balancer(mogb.make(name), [point], **options)
+    method = mogb.make(name)
+    method.parameters()  # for an optimizer
+    return point, mogb.Balancer(method, [point], **options)
 
 
 def test_weights_are_solved_every_nth_step_and_kept_in_between():
