@@ -282,16 +282,19 @@ def _guilty(losses: Losses, plan: Plan) -> int | None:
 
     Losses whose part of the graph is still whole are differentiated again. Of the others, one alone must be it.
     """
-    suspects = []
-    for k in range(len(losses)):
-        try:
-            grads = _gradient(losses, k, plan.shared + plan.own[k], retain_graph=True)
-        except RuntimeError:
-            suspects.append(k)
-        else:
-            if not all_finite([local_part(grad) for grad in grads if grad is not None]):
-                return k
-    return suspects[0] if len(suspects) == 1 else None
+    fine = [_has_finite_gradient(losses, k, plan.shared + plan.own[k]) for k in range(len(losses))]
+    if False in fine:
+        return fine.index(False)
+    return fine.index(None) if fine.count(None) == 1 else None
+
+
+def _has_finite_gradient(losses: Losses, index: int, targets: Sequence[Tensor]) -> bool | None:
+    """None where the graph was freed."""
+    try:
+        grads = _gradient(losses, index, targets, retain_graph=True)
+    except RuntimeError:
+        return None
+    return all_finite([local_part(grad) for grad in grads if grad is not None])
 
 
 def _first_bad(own: Sequence[tuple[Tensor, Tensor]], plan: Plan) -> int | None:
