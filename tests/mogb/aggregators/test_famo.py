@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-import mogb
 from mogb.aggregators.famo import FAMO
+from mogb.problems import make_problem
 
 CASES = pathlib.Path(__file__).parents[2] / "cases"
 
@@ -89,7 +89,7 @@ def test_on_the_valley_it_ends_where_the_published_simulation_does():
     """All five starts of the FAMO paper's toy, scale (0.1, 1), against a reference simulation (toy_outcomes.json)."""
     steps, scale = 50_000, (0.1, 1.0)
     expected = reference_ends(scale)
-    problem = mogb.problems.make_problem("valley_scaled")
+    problem = make_problem("valley_scaled")
     x = torch.tensor([run["init"] for run in expected], dtype=torch.float64)
     methods = [FAMO(weight_decay=0.0, min_losses=[-21.0 * scale[0], -21.0]) for _ in x]
     mean, square = torch.zeros_like(x), torch.zeros_like(x)
