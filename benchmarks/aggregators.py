@@ -165,8 +165,8 @@ def _verdict(cells: list[dict[str, Any]]) -> str:
     named = ", ".join(f"{c['method']} K={c['K']} N={c['N']:.0e}" for c in slower) or "none"
     small_text = f"{min(small):.0f} times" if small else "not measured"
     return (
-        f"TorchJD answers to 1e-3 in {len(fair)} of {len(comparable)} cells; of these, mogb is slower in: {named}. "
-        f"Mean and sum: at most {late * 1e6:.0f} µs behind. Nash-MTL and CAGrad at K <= 5: at least {small_text} faster."
+        f"TorchJD answers to 1e-3 in {len(fair)} of {len(comparable)} cells; mogb is slower in: {named}. "
+        f"Mean and sum: at most {late * 1e6:.0f} µs behind. Nash-MTL and CAGrad, K <= 5: at least {small_text} faster."
     )
 
 

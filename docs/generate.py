@@ -21,7 +21,8 @@ def methods() -> str:
 
 def problems() -> str:
     """Every registered problem with its protocol."""
-    lines = ["# Toy problems", "", "| name | objectives | dimensions | starts | protocol | from |", "|---|---|---|---|---|---|"]
+    lines = ["# Toy problems", ""]
+    lines += ["| name | objectives | dimensions | starts | protocol | from |", "|---|---|---|---|---|---|"]
     for entry in list_problems():
         protocol = f"{entry['optimizer']}, lr {entry['lr']:g}, {entry['steps']} steps"
         sizes = f"{entry['objectives']} | {entry['dim']} | {entry['starts']}"

@@ -1,10 +1,10 @@
 r"""Gradients averaged over ranks *before* the Gramian. The only file that knows about ranks.
 
 The Gramian is quadratic: the mean of the ranks' Gramians is not the Gramian of the mean gradient. So the rows are
-averaged first, and only then multiplied. Replicated parameters (plain or ``DistributedDataParallel``) are averaged by
-one bucketed all-reduce. Sharded ones (``fully_shard``, DTensor) arrive averaged already, one shard a rank: their
-partial Gramians are summed over the shards, K × K numbers instead of K × N. Every rank then solves the same problem: the
-Gramian and the loss values are those of the group's first rank, to the bit.
+averaged first, and only then multiplied. Replicated ones (plain or ``DistributedDataParallel``) are averaged by one
+bucketed all-reduce. Sharded ones (``fully_shard``, DTensor) arrive averaged already, one shard a rank: their partial
+Gramians are summed over the shards, K × K numbers instead of K × N. Every rank then solves the same problem, to the
+bit: the Gramian is that of the group's first rank.
 
 Ranks whose batches differ are weighted by their sample counts: rank r by :math:`n_r / \sum_s n_s`.
 

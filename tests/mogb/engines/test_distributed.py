@@ -27,7 +27,8 @@ def model():
 
 def batch(world):
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(sum(SIZES[:world]), 4, generator=generator), torch.randn(sum(SIZES[:world]), 3, generator=generator)
+    size = sum(SIZES[:world])
+    return torch.randn(size, 4, generator=generator), torch.randn(size, 3, generator=generator)
 
 
 def losses_of(net, inputs, targets):
@@ -111,7 +112,7 @@ def train(rank, world, folder, form, names):
 def check_against_one_process(form, world, names):
     results = launch(world, train, form, names)
     for name in names:
-        expected, weights = alone(name, world)
+        expected, _ = alone(name, world)
         for result in results:
             assert_close(result[name][0], expected, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
             assert torch.equal(result[name][1], results[0][name][1]), f"{name}: weights differ between ranks"
