@@ -20,9 +20,11 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
-from mogb.base import Aggregator, JacobianAggregator, needs_losses
+from mogb.base import Aggregator
+from mogb.engines.distributed import GroupChoice, find_ranks, is_sharded
 from mogb.engines.losses import as_parameters
 from mogb.engines.per_sample.attachment import Attachment
+from mogb.engines.per_sample.balance import Means, add_weighted, balance
 from mogb.engines.per_sample.check import deviations, judge, norm_deviations
 from mogb.engines.per_sample.errors import PerSampleError, UnsupportedLayerError
 from mogb.engines.per_sample.gram import GramianStore, LateContributionError
@@ -30,9 +32,8 @@ from mogb.engines.per_sample.passes import Basis, Passes, plan_passes, run_passe
 from mogb.engines.per_sample.problem import Problem, as_problem
 from mogb.engines.per_sample.rows import FactoredJacobian, RowStore, row_dtype
 from mogb.engines.per_sample.tape import checkpoint
-from mogb.engines.report import Report, make_report
-from mogb.errors import NonFiniteError
-from mogb.jacobian import Jacobian, all_finite
+from mogb.engines.report import Report
+from mogb.jacobian import Jacobian
 
 Coefficients = Float[Tensor, "K B J"] | Float[Tensor, "K B"] | np.ndarray
 Situation = frozenset[tuple[str, int]]
@@ -125,6 +126,10 @@ class PerSample:
         _check_choice("on_failure", on_failure, ("exact", "error"))
         self.model = model
         self.params = as_parameters(model if params is None else params)
+        if any(is_sharded(param) for param in self.params):
+            raise ValueError(
+                "The parameters are sharded (DTensor), which PerSample does not support: use mogb.backward."
+            )
         self.self_check = self_check
         self.on_failure = on_failure
         self.report: PerSampleReport | None = None
@@ -200,10 +205,13 @@ class PerSample:
             PerSampleError: The gradients can't be had sample by sample, and ``on_failure="error"``.
         """
         _check_choice("store", store, ("auto", "dense", "factored"))
-        step = self._prepare(terms, coefficients, basis)
-        problem, passes = step.problem, step.passes
+        problem = as_problem(terms, coefficients).checked()
         if add_to is not None:
             _check_rows(add_to, store, len(problem), self.params)
+        return self._gradients(self._prepare(problem, basis), store, add_to, retain_graph)
+
+    def _gradients(self, step: "_Step", store: str, add_to: Jacobian | None, retain_graph: bool) -> Jacobian:
+        problem, passes = step.problem, step.passes
         if passes is None:
             return self._exact(step, add_to, retain_graph)
         needed = len(passes) * problem.samples
@@ -241,7 +249,9 @@ class PerSample:
 
         The self-check compares the norm of every parameter's gradient.
         """
-        step = self._prepare(terms, coefficients, basis)
+        return self._gramian(self._prepare(as_problem(terms, coefficients).checked(), basis))
+
+    def _gramian(self, step: "_Step") -> Float64[np.ndarray, "K K"]:
         if step.passes is None:
             return self._exact(step, None, retain_graph=True).gramian()
         while True:
@@ -284,12 +294,7 @@ class PerSample:
             raise ValueError(
                 f"weights must have one number per objective, {len(problem)}, but got the shape {list(array.shape)}."
             )
-        seeds = problem.seeds(np.tensordot(array, problem.coefficients, 1))
-        grads = torch.autograd.grad(problem.outputs, self.params, seeds, retain_graph=retain_graph, allow_unused=True)
-        present = [(param, grad) for param, grad in zip(self.params, grads, strict=True) if grad is not None]
-        if not all_finite([grad for _, grad in present]):
-            raise NonFiniteError("direction", None)
-        _add_to_grads(present)
+        add_weighted(self._means(problem, "auto", retain_graph, drop=False), array)
 
     def backward(
         self,
@@ -300,6 +305,8 @@ class PerSample:
         names: Sequence[str] | None = None,
         basis: Basis = "auto",
         rows: str = "auto",
+        num_samples: int | float | None = None,
+        process_group: GroupChoice = "default",
         retain_graph: bool = False,
     ) -> Report:
         """Balances the K losses, and adds the direction to every ``param.grad``: :func:`mogb.backward` for terms.
@@ -312,6 +319,9 @@ class PerSample:
             basis: As in :meth:`gradients`.
             rows: ``"keep"`` takes the gradients, ``"drop"`` only their Gramian, and one more backward pass for the
                 direction; ``"auto"`` estimates what is cheaper. Methods that read the whole Jacobian keep them.
+            num_samples: As in :func:`mogb.backward`: this rank's number of samples, where they differ.
+            process_group: As in :func:`mogb.backward`: the ranks whose rows are averaged. Run the forward pass of a
+                ``DistributedDataParallel`` under ``no_sync()``.
             retain_graph: Keep the graph for another backward pass.
 
         Raises:
@@ -322,39 +332,41 @@ class PerSample:
         if not isinstance(aggregator, Aggregator):
             raise TypeError(f"aggregator must be a method, such as mogb.make('mgda'), but got {aggregator!r}.")
         _check_choice("rows", rows, ("auto", "keep", "drop"))
+        ranks = find_ranks(process_group, num_samples)
         problem = as_problem(terms, coefficients)
         labels = None if names is None else tuple(names)
         if labels is not None and len(labels) != len(problem):
             raise ValueError(f"names must have one entry per objective, {len(problem)}, but got {len(labels)}.")
-        values = problem.losses()
-        seen = values if needs_losses(aggregator) else np.ones(len(problem))
-        try:
-            if aggregator.reads == "losses":
-                solution = aggregator._checked(None, seen)
-                self.weighted_backward(terms, coefficients, solution.weights, retain_graph=retain_graph)
-                return make_report(values, labels, solution, None, 1)
-            drop = aggregator.yields_weights and (
-                rows == "drop" or (rows == "auto" and self._gramian_is_cheaper(problem))
-            )
-            if drop:
-                gramian = self.gramian(terms, coefficients, basis=basis)
-                solution = aggregator._checked(_finite(gramian), seen)
-                self.weighted_backward(terms, coefficients, solution.weights, retain_graph=retain_graph)
-                return make_report(values, labels, solution, gramian, self._passes_spent() + 1)
-            jacobian = self.gradients(terms, coefficients, basis=basis, retain_graph=retain_graph)
-            direction, products, answer = aggregator.direct(jacobian, seen)
-        except NonFiniteError as error:
-            name = None if labels is None or error.index is None else labels[error.index]
-            raise NonFiniteError(error.what, error.index, name) from None
-        _add_to_grads(zip(self.params, direction, strict=True))
-        plain = direction if isinstance(aggregator, JacobianAggregator) else None
-        return make_report(values, labels, answer, products, self._passes_spent(), jacobian=jacobian, direction=plain)
+        if not ranks.alone and rows == "drop":
+            raise ValueError("rows='drop' needs one process: Gramians of ranks do not add up. Use rows='auto'.")
+        values = ranks.mean_losses(problem.losses())
+        if not ranks.alone:
+            problem = Problem(problem.outputs, problem.coefficients * ranks.share)
+        drop = rows == "drop" or (rows == "auto" and ranks.alone and self._gramian_is_cheaper(problem))
+        means = self._means(problem, basis, retain_graph, drop=drop, store="auto" if ranks.alone else "dense")
+        return balance(means, aggregator, values, labels, ranks)
 
-    def _prepare(self, terms: Tensor | Sequence[Tensor], coefficients: Coefficients, basis: Basis) -> "_Step":
+    def _means(self, problem: Problem, basis: Basis, retain_graph: bool, *, drop: bool, store: str = "auto") -> Means:
+        def weighted(weights: Float64[np.ndarray, " K"]) -> Sequence[Tensor | None]:
+            seeds = problem.seeds(np.tensordot(weights, problem.coefficients, 1))
+            return torch.autograd.grad(
+                problem.outputs, self.params, seeds, retain_graph=retain_graph, allow_unused=True
+            )
+
+        def rows() -> Jacobian:
+            return self._gradients(self._prepare(problem, basis), store, None, retain_graph)
+
+        return Means(
+            params=self.params,
+            rows=rows,
+            gramian=(lambda: self._gramian(self._prepare(problem, basis))) if drop else None,
+            weighted=weighted,
+            passes=lambda: 0 if self.report is None else self.report.passes,
+        )
+
+    def _prepare(self, problem: Problem, basis: Basis) -> "_Step":
         if not isinstance(basis, Tensor):
             _check_choice("basis", basis, ("auto", "terms"))
-        problem = as_problem(terms, coefficients)
-        problem.losses()
         situation = self._situation(problem)
         reason = self._obstacle()
         if reason:
@@ -436,10 +448,6 @@ class PerSample:
             check_error=deviation,
         )
 
-    def _passes_spent(self) -> int:
-        assert self.report is not None
-        return self.report.passes
-
     def _gramian_is_cheaper(self, problem: Problem) -> bool:
         """Whether one more backward pass costs less than mixing the rows, in multiplications per sample."""
         rank = min(problem.terms, 2)
@@ -499,18 +507,3 @@ def _added(jacobian: Jacobian, rows: Jacobian | None) -> Jacobian:
     for block, more in zip(rows.blocks, jacobian.blocks, strict=True):
         block.add_(more)
     return rows
-
-
-def _add_to_grads(updates: Iterable[tuple[Tensor, Tensor]]) -> None:
-    with torch.no_grad():
-        for param, grad in updates:
-            if param.grad is None:
-                param.grad = grad.detach().to(param.dtype).clone()
-            else:
-                param.grad.add_(grad)
-
-
-def _finite(gramian: Float64[np.ndarray, "K K"]) -> Float64[np.ndarray, "K K"]:
-    if not np.isfinite(gramian).all():
-        raise NonFiniteError("gradient", int(np.argmin(np.isfinite(gramian.diagonal()))))
-    return gramian

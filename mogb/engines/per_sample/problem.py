@@ -60,17 +60,21 @@ class Problem:
         return Problem(self.outputs, np.concatenate([self.coefficients, size * probe]))
 
     def losses(self) -> Float64[np.ndarray, " K"]:
-        """The K loss values.
+        """The K loss values."""
+        columns = [output.detach().double().cpu().reshape(self.samples, -1) for output in self.outputs]
+        with np.errstate(invalid="ignore", over="ignore"):
+            return np.einsum("kbj,bj->k", self.coefficients, torch.cat(columns, 1).numpy())
+
+    def checked(self) -> "Problem":
+        """The same.
 
         Raises:
             NonFiniteError: A loss is NaN or Inf; it names the objective.
         """
-        columns = [output.detach().double().cpu().reshape(self.samples, -1) for output in self.outputs]
-        with np.errstate(invalid="ignore", over="ignore"):
-            losses = np.einsum("kbj,bj->k", self.coefficients, torch.cat(columns, 1).numpy())
+        losses = self.losses()
         if not np.isfinite(losses).all():
             raise NonFiniteError("loss", int(np.argmin(np.isfinite(losses))))
-        return losses
+        return self
 
 
 def as_problem(

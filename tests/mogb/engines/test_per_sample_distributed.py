@@ -1,0 +1,73 @@
+"""Per-sample balancing in two gloo processes, against one process on the concatenated batch."""
+
+import contextlib
+import os
+import pathlib
+import socket
+import tempfile
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.testing import assert_close
+
+import mogb
+from mogb.engines.per_sample import PerSample
+
+SIZES = (3, 5)  # samples of the ranks
+NAMES = ("mgda", "weighted_sum", "graddrop")
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
+
+
+def step(net, samples, names, **options):
+    """Gradients of three group losses; every coefficient is one over the size of the batch it is a mean over."""
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(sum(SIZES), 4, generator=generator)[samples]
+    rewards = torch.rand(3, sum(SIZES), generator=generator)[:, samples]
+    found = {}
+    for name in names:
+        net.zero_grad()
+        with PerSample(net) as engine, getattr(net, "no_sync", contextlib.nullcontext)():
+            terms = net(inputs).square().sum(1)
+            report = engine.backward(terms, rewards / len(inputs), mogb.make(name), **options)
+        grads = torch.cat([param.grad.flatten() for param in net.parameters()])
+        found[name] = (grads, torch.zeros(3) if report.weights is None else report.weights, report.losses)
+    return found
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def work(rank, port, folder, wrap):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=len(SIZES))
+    try:
+        net = nn.parallel.DistributedDataParallel(model()) if wrap else model()
+        mine = slice(sum(SIZES[:rank]), sum(SIZES[: rank + 1]))
+        found = step(net, mine, NAMES, num_samples=SIZES[rank])
+        with PerSample(net) as engine, pytest.raises(ValueError, match="needs one process"):
+            engine.backward(net(torch.ones(2, 4)).sum(1), torch.eye(2), mogb.make("mgda"), rows="drop")
+        torch.save(found, pathlib.Path(folder) / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_two_processes_equal_one_on_the_whole_batch(wrap):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(work, (port, folder, wrap), nprocs=len(SIZES))
+        found = [torch.load(pathlib.Path(folder) / f"{rank}.pt") for rank in range(len(SIZES))]
+    alone = step(model(), slice(None), NAMES)
+    for name in NAMES:
+        for rank in range(len(SIZES)):
+            for ours, expected in zip(found[rank][name], alone[name], strict=True):
+                assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+        assert torch.equal(found[0][name][1], found[1][name][1])
