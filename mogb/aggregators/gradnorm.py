@@ -17,6 +17,7 @@ from typing import ClassVar
 import numpy as np
 from jaxtyping import Bool, Float64
 
+from mogb.aggregators._losses import require_above
 from mogb.aggregators._state import everyone, nobody, positive_numbers, same_size
 from mogb.base import GramianLossAggregator, Promise, Reference, Solution, state
 
@@ -71,6 +72,10 @@ class GradNorm(GramianLossAggregator, name="gradnorm"):
     _moments: Float64[np.ndarray, "2 K"] | None = state()
     _calls: Float64[np.ndarray, " K"] | None = state()
 
+    @property
+    def needs_positive_losses(self) -> bool:
+        return True
+
     def _check(self) -> None:
         if self.initial_losses is not None:
             self.initial_losses = positive_numbers(self.initial_losses, "initial_losses")
@@ -90,12 +95,7 @@ class GradNorm(GramianLossAggregator, name="gradnorm"):
     ) -> Solution:
         assert gramian is not None
         assert losses is not None
-        if losses.min() <= 0:
-            index = int(losses.argmin())
-            raise ValueError(
-                f"'gradnorm' compares ratios of losses, but the loss of objective {index} is {losses[index]:.6g}. Use "
-                "losses that stay positive, or add a constant."
-            )
+        require_above(self.name, losses, everyone(len(losses)))
         initial, logits = self._begun(losses)
         if not live.any():
             return nobody(len(losses))

@@ -24,9 +24,8 @@ from jaxtyping import Bool, Float64
 from torch import Tensor
 
 from mogb.aggregators._state import same_size
-from mogb.base import GramianAggregator, Promise, Reads, Reference, Solution, state
-from mogb.errors import NonFiniteError
-from mogb.jacobian import Jacobian, all_finite
+from mogb.base import JacobianAggregator, Promise, Reads, Reference, Solution, state
+from mogb.jacobian import Jacobian
 from mogb.solvers.scaling import EPS, unit_diagonal
 
 # A target cosine of exactly 1 could only be reached by an infinite multiple of the other gradient.
@@ -34,7 +33,7 @@ LARGEST_TARGET = 1 - 1e-8
 
 
 @dataclass(kw_only=True)
-class GradVac(GramianAggregator, name="gradvac"):
+class GradVac(JacobianAggregator, name="gradvac"):
     """Raises the cosine of every pair of gradients to its usual value, not only to 0 as PCGrad does.
 
     Norms and cosines of the changed gradients follow from the Gramian, so that nothing N-sized is kept. Averages are
@@ -82,21 +81,13 @@ class GradVac(GramianAggregator, name="gradvac"):
         """The Gramian, or the Jacobian where blocks are treated apart."""
         return "jacobian" if self.groups == "block" else "gramian"
 
-    def direct(
-        self, jacobian: Jacobian, losses: Float64[np.ndarray, " K"] | None
-    ) -> tuple[tuple[Tensor, ...], Float64[np.ndarray, "K K"] | None, Solution | None]:
-        """For engines: the direction block by block; apart for every block where ``groups="block"``."""
-        if self.groups == "whole":
-            return super().direct(jacobian, losses)
+    def _direction(self, jacobian: Jacobian, losses: Float64[np.ndarray, " K"] | None) -> tuple[Tensor, ...]:
         parts = [Jacobian((block,)) for block in jacobian.blocks]
         gramians = [self._gramian(part) for part in parts]
         if jacobian.across is not None:
             gramians = [jacobian.across.agree(gramian) for gramian in gramians]
         rows = self._vaccinated(gramians)
-        direction = tuple(part.combine(weights)[0] for part, weights in zip(parts, rows, strict=True))
-        if not all_finite(direction):
-            raise NonFiniteError("direction", None)
-        return direction, None, None
+        return tuple(part.combine(weights)[0] for part, weights in zip(parts, rows, strict=True))
 
     def _check(self) -> None:
         if not 0 <= self.beta <= 1:
@@ -109,7 +100,8 @@ class GradVac(GramianAggregator, name="gradvac"):
     def _start(self) -> None:
         self._generator = torch.Generator().manual_seed(self.seed)
 
-    def _weights(self, gramian: Float64[np.ndarray, "K K"]) -> Solution:
+    def _solve(self, gramian: Float64[np.ndarray, "K K"] | None, losses: Float64[np.ndarray, " K"] | None) -> Solution:
+        assert gramian is not None
         (weights,) = self._vaccinated([gramian])
         return Solution(weights)
 
@@ -120,7 +112,7 @@ class GradVac(GramianAggregator, name="gradvac"):
         live: Bool[np.ndarray, " K"],
     ) -> Solution:
         assert gramian is not None
-        solution = self._weights(np.where(np.outer(live, live), gramian, 0.0))  # zero gradients take no part
+        solution = self._solve(np.where(np.outer(live, live), gramian, 0.0), None)  # zero gradients take no part
         left_out = tuple(np.flatnonzero(~live).tolist())
         return replace(solution, weights=np.where(live, solution.weights, 0.0), left_out=left_out)
 
