@@ -12,6 +12,7 @@ JOBS ?= 2
 .PHONY: demo test test-all lint format docs clean
 
 $(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "The pinned packages of constraints.txt need Python 3.11 or later: make PYTHON=python3.11 ... (mogb itself runs on 3.10: pip install -e .)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=23.2"
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0

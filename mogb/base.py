@@ -277,8 +277,7 @@ class Aggregator(ABC):
     ) -> Float[Tensor, " K"]:
         """The weights on the raw gradients, in the dtype and on the device of the input. See :meth:`solve`."""
         solution = self.solve(gramian, losses)
-        like = gramian if gramian is not None else losses
-        assert like is not None
+        like = torch.as_tensor(gramian if gramian is not None else losses)
         return torch.from_numpy(solution.weights).to(like.device, like.dtype)
 
     def __call__(
@@ -384,6 +383,8 @@ class Aggregator(ABC):
     def _gramian(self, jacobian: Jacobian) -> Float64[np.ndarray, "K K"]:
         gramian = jacobian.gramian()
         if not np.isfinite(gramian).all():  # NaN and Inf in a row reach its squared norm
+            if jacobian.across is None and jacobian.first_non_finite() is None:
+                raise NonFiniteError("direction", None)  # the squares of finite numbers overflowed
             raise NonFiniteError("gradient", int(np.argmin(np.isfinite(gramian.diagonal()))))
         return gramian
 
@@ -755,6 +756,8 @@ def _loss_array(
             )
         return np.ones(size)
     values = torch.as_tensor(losses).detach()
+    if not values.is_floating_point() and not values.is_complex():
+        raise TypeError(f"losses must be floating-point numbers [K], but got {values.dtype}.")
     if values.is_complex() or values.ndim != 1 or len(values) == 0:
         raise ValueError(f"losses must be real numbers of the shape [K], but got {list(values.shape)}, {values.dtype}.")
     if size is not None and len(values) != size:

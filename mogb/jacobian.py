@@ -134,13 +134,14 @@ def _slices(rows: Tensor, width: int) -> tuple[Tensor, ...]:
 
 def _block_gramian(rows: Tensor, wide: bool) -> Float64[np.ndarray, "K K"]:
     rows = rows.detach()
-    if not rows.is_cpu:
+    if rows.is_cuda:
         parts = [part.double() for part in _slices(rows, CHUNK_CUDA)]
         return torch.stack([part @ part.mT for part in parts]).sum(0).cpu().numpy()
     few = len(rows) <= FEW_ROWS
     gramian = np.zeros((len(rows), len(rows)))
     with np.errstate(over="ignore", invalid="ignore"):  # the caller looks at the result, and repeats it in float64
-        for part in _slices(rows, CHUNK if few else CHUNK_MANY_ROWS):
+        for slice_ in _slices(rows, CHUNK if few else CHUNK_MANY_ROWS):
+            part = slice_.cpu()  # other accelerators may lack float64
             exact = part.double() if wide else part.to(torch.promote_types(part.dtype, torch.float32))
             gramian += _inner_products(exact.numpy()) if few else _short_products(exact).numpy()
     return gramian
@@ -164,8 +165,17 @@ def _short_products(rows: Tensor) -> Tensor:
 
 
 def _weighted_sum(block: Tensor, weights: Float64[np.ndarray, " K"]) -> Tensor:
+    if block.dtype in (torch.float16, torch.bfloat16):
+        return _weighted_sum_of_halves(_rows(block), weights).reshape(block.shape[1:])
     coefficients = torch.from_numpy(weights).to(block.device, block.dtype)
     return coefficients @ block if block.ndim == 2 else (coefficients @ _rows(block)).reshape(block.shape[1:])
+
+
+def _weighted_sum_of_halves(rows: Tensor, weights: Float64[np.ndarray, " K"]) -> Tensor:
+    """In float32, slice by slice: weights on short rows may be larger than half precision can hold."""
+    coefficients = torch.from_numpy(weights).to(rows.device, torch.float32)
+    width = CHUNK_MANY_ROWS if rows.is_cpu else CHUNK_CUDA
+    return torch.cat([(coefficients @ part.float()).to(rows.dtype) for part in _slices(rows, width)])
 
 
 def _is_delicate(gramian: Float64[np.ndarray, "K K"]) -> bool:

@@ -13,7 +13,7 @@ LAYERS = {
     "mogb.jacobian": ((), ("torch", "numpy", "jaxtyping")),
     "mogb.learned": ((), ("torch", "numpy", "jaxtyping")),
     "mogb.base": (("mogb.errors", "mogb.jacobian", "mogb.learned"), ("torch", "numpy", "jaxtyping")),
-    "mogb.solvers": ((), ("torch", "numpy", "scipy", "jaxtyping", "quadprog")),
+    "mogb.solvers": (("mogb.errors",), ("torch", "numpy", "scipy", "jaxtyping", "quadprog")),
     "mogb.wrappers": (("mogb.base", "mogb.errors", "mogb.jacobian"), ("torch", "numpy", "jaxtyping")),
     "mogb.aggregators": (
         ("mogb.base", "mogb.errors", "mogb.jacobian", "mogb.learned", "mogb.solvers", "mogb.wrappers"),

@@ -86,6 +86,11 @@ def backward(
     found = as_losses(losses)
     plan = make_plan(found, params)
     ranks = find_ranks(process_group, num_samples)
+    if ranks.alone and any(is_sharded(param) for param in plan.shared):
+        raise ValueError(
+            "process_group=None balances this process alone, but the parameters are sharded over several: leave "
+            "process_group out, or pass the group that they are sharded over."
+        )
     values = checked_values(found, ranks)
     if aggregator.reads == "losses":
         with aggregator.undone_on_failure():
@@ -142,7 +147,7 @@ def weighted_backward(losses: Losses, plan: Plan, solution: Solution, ranks: Ran
     objective of weight zero that has such parameters costs a pass of its own. Returns the number of passes.
     """
     weights = solution.weights
-    muted = [k for k, mine in enumerate(plan.own) if mine and abs(weights[k]) < 1e-30]
+    muted = [k for k, mine in enumerate(plan.own) if any(_loses_digits(weights[k], param.dtype) for param in mine)]
     targets = plan.shared + tuple(param for k, mine in enumerate(plan.own) if k not in muted for param in mine)
     total = losses.scalars[0].new_zeros(())
     for loss, weight in zip(losses.scalars, weights, strict=True):
@@ -151,7 +156,7 @@ def weighted_backward(losses: Losses, plan: Plan, solution: Solution, ranks: Ran
     if targets:
         seed = torch.full_like(total, ranks.share)
         grads = _differentiate(total, seed, targets, retain_graph or bool(muted))
-        updates += _present(plan.shared, grads[: len(plan.shared)])
+        updates += list(zip(plan.shared, _filled(plan.shared, grads), strict=True))
         rest = iter(grads[len(plan.shared) :])
         for k, mine in enumerate(plan.own):
             if k not in muted:
@@ -161,7 +166,7 @@ def weighted_backward(losses: Losses, plan: Plan, solution: Solution, ranks: Ran
     for position, k in enumerate(muted):
         keep = retain_graph or position < len(muted) - 1
         updates += _present(plan.own[k], _gradient(losses, k, plan.own[k], keep, ranks.share))
-    ranks.average([grad for param, grad in updates if not is_sharded(param)])
+    updates = _averaged(ranks, updates)
     if ranks.any(not all_finite([local_part(grad) for _, grad in updates])):
         guilty = _guilty(losses, plan)
         raise NonFiniteError("gradient", guilty, losses.label(guilty))
@@ -221,7 +226,7 @@ def _rows(losses: Losses, plan: Plan, ranks: Ranks, retain_graph: bool) -> tuple
                 block[k] = local_part(grad)
         own += _present(mine, grads[len(plan.shared) :])
     ranks.average([block for block, param in zip(blocks, plan.shared, strict=True) if not is_sharded(param)])
-    ranks.average([grad for _, grad in own])
+    own = _averaged(ranks, own)
     return Jacobian(tuple(blocks), None if ranks.alone else SharedRows(ranks, plan.shared)), own
 
 
@@ -251,15 +256,34 @@ def _differentiate_sharded(
     root: Tensor | GradientEdge, seed: Tensor, targets: Sequence[Tensor], retain_graph: bool
 ) -> tuple[Tensor | None, ...]:
     """Through ``.grad``: only there does ``fully_shard`` leave its reduced shards. What was there is put back."""
+    others, _ = reached_leaves([root])
     kept = [target.grad for target in targets]
+    kept_others = [None if other.grad is None else other.grad.clone() for other in others]
     try:
         for target in targets:
             target.grad = None
         torch.autograd.backward(root, seed, retain_graph=retain_graph)
         return tuple(target.grad for target in targets)
     finally:
-        for target, grad in zip(targets, kept, strict=True):
+        for target, grad in zip((*others, *targets), (*kept_others, *kept), strict=True):
             target.grad = grad
+
+
+def _averaged(ranks: Ranks, updates: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """The updates averaged over the ranks; what is sharded arrives averaged."""
+    plain = iter(ranks.average([grad for param, grad in updates if not is_sharded(param)]))
+    return [(param, grad if is_sharded(param) else next(plain)) for param, grad in updates]
+
+
+def _filled(targets: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
+    """The gradients of the first parameters, zero where no loss reaches one."""
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(targets, grads, strict=False)]
+
+
+def _loses_digits(weight: float, dtype: torch.dtype) -> bool:
+    """Whether a gradient times this weight, divided by it again, may not be what it was."""
+    small, large = (1e-2, 1e2) if dtype == torch.float16 else (1e-12, 1e12)
+    return not small < abs(weight) < large
 
 
 def _present(targets: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor]]:

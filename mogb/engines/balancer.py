@@ -105,6 +105,7 @@ class Balancer:
         saved["step"] = self.step
         if self._solution is not None:
             saved["weights"] = torch.from_numpy(self._solution.weights.copy())
+            saved["left_out"] = torch.tensor(self._solution.left_out, dtype=torch.int64)
         return saved
 
     def load_state_dict(self, state: Mapping[str, StateValue]) -> None:
@@ -115,14 +116,19 @@ class Balancer:
         """
         prefix = "aggregator."
         inner = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        unknown = sorted(key for key in state if not key.startswith(prefix) and key not in ("step", "weights"))
+        unknown = sorted(
+            key for key in state if not key.startswith(prefix) and key not in ("step", "weights", "left_out")
+        )
         if unknown or "step" not in state:
             problem = f"unknown keys {', '.join(unknown)}" if unknown else "no key 'step'"
             raise ValueError(f"This is no state of a Balancer: {problem}. Pass what Balancer.state_dict() returned.")
         self.aggregator.load_state_dict(inner)
         self.step = int(state["step"])
         weights = state.get("weights")
-        self._solution = None if weights is None else Solution(torch.as_tensor(weights).double().cpu().numpy().copy())
+        self._solution = None
+        if weights is not None:
+            left_out = tuple(torch.as_tensor(state.get("left_out", ())).long().tolist())
+            self._solution = Solution(torch.as_tensor(weights).double().cpu().numpy().copy(), left_out=left_out)
 
     def _reuse(
         self,

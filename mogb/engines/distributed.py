@@ -50,12 +50,13 @@ class Ranks:
             return losses
         return self._reduced(losses * self.share) / dist.get_world_size(self.group)
 
-    def average(self, tensors: Sequence[Tensor]) -> None:
-        """Replaces every tensor by its mean over the ranks, in buckets."""
+    def average(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The means of tensors over the ranks, in buckets. Contiguous tensors are overwritten."""
         if self.alone:
-            return
+            return list(tensors)
+        averaged = [tensor.contiguous() for tensor in tensors]
         size = dist.get_world_size(self.group)
-        for bucket in _buckets(tensors):
+        for bucket in _buckets(averaged):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket]) if len(bucket) > 1 else bucket[0].reshape(-1)
             _guarded(lambda flat=flat: dist.all_reduce(flat, group=self.group))
             flat /= size
@@ -63,6 +64,7 @@ class Ranks:
             for tensor in bucket:
                 tensor.copy_(flat[offset : offset + tensor.numel()].view_as(tensor))
                 offset += tensor.numel()
+        return averaged
 
     def agree(self, gramian: Float64[np.ndarray, "K K"]) -> Float64[np.ndarray, "K K"]:
         """The first rank's copy, to the bit: equal up to rounding is not enough for equal weights."""
@@ -154,6 +156,14 @@ class SharedRows:
     def sharded(self) -> tuple[bool, ...]:
         return tuple(is_sharded(param) for param in self.params)
 
+    def __post_init__(self) -> None:
+        layouts = {_layout(param) for param in self.params if is_sharded(param)}
+        if len(layouts) > 1:
+            raise ValueError(
+                f"The parameters are sharded in {len(layouts)} different ways: balance those of one mesh and placement "
+                "at a time."
+            )
+
     def total(self, part: Float64[np.ndarray, "K K"]) -> Float64[np.ndarray, "K K"]:
         sample = next(param for param in self.params if is_sharded(param))
         carrier = torch.from_numpy(part.copy()).to(local_part(sample.detach()).device)
@@ -163,6 +173,10 @@ class SharedRows:
 
     def agree(self, gramian: Float64[np.ndarray, "K K"]) -> Float64[np.ndarray, "K K"]:
         return self.ranks.agree(gramian)
+
+
+def _layout(param: Any) -> tuple[Any, ...]:
+    return (param.device_mesh, *param.placements)
 
 
 def _shard_groups(param: Any) -> list[Any]:

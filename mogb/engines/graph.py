@@ -35,7 +35,6 @@ def _leaves_below(root: Tensor | GradientEdge) -> Iterator[Tensor]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            yield variable
+        if type(node).__name__ == "AccumulateGrad":
+            yield node.variable
         todo.extend(child for child, _ in node.next_functions)

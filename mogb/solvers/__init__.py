@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mogb.errors import NonFiniteError
 from mogb.solvers.min_norm import solve_min_norm
 
 
@@ -37,7 +38,8 @@ def min_norm(gramian: Float[Tensor, "K K"]) -> MinNormResult:
 
     Raises:
         TypeError: No floating-point tensor.
-        ValueError: Not square, or not finite.
+        ValueError: Not square.
+        NonFiniteError: NaN or Inf; a ValueError that names the objective.
 
     Examples:
         >>> min_norm(torch.tensor([[4.0, 0.0], [0.0, 1.0]])).weights
@@ -50,7 +52,9 @@ def min_norm(gramian: Float[Tensor, "K K"]) -> MinNormResult:
     if gramian.ndim != 2 or gramian.shape[0] != gramian.shape[1] or len(gramian) == 0:
         raise ValueError(f"gramian must have the shape [K, K] with K >= 1, but got {list(gramian.shape)}.")
     if not bool(torch.isfinite(gramian).all()):
-        raise ValueError("gramian holds NaN or Inf: check the losses and gradients that it was made from.")
+        finite = torch.isfinite(gramian)
+        rows = finite.diagonal() if not bool(finite.diagonal().all()) else finite.all(dim=1)
+        raise NonFiniteError("gradient", int(rows.int().argmin()))
     found = solve_min_norm(gramian.detach().to("cpu", torch.float64).numpy())
     weights = torch.from_numpy(found.weights).to(gramian.device, gramian.dtype)
     return MinNormResult(weights, found.squared_norm, found.gap, found.converged)

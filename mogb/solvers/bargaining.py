@@ -78,6 +78,8 @@ def bargain(gramian: Float64[np.ndarray, "K K"], alpha: float = 1.0, *, max_step
     if not norms.all():
         zero = np.flatnonzero(norms == 0).tolist()
         raise ValueError(f"The gradients of objectives {zero} are zero, and no bargain includes them: leave them out.")
+    if len(norms) == 2 and alpha == 1:
+        return _two(gramian, norms, float(cosines[0, 1]))
     beta = 1 / alpha
     log_norms = np.log(norms)
     center = float(log_norms.sum() / len(norms))
@@ -89,6 +91,14 @@ def bargain(gramian: Float64[np.ndarray, "K K"], alpha: float = 1.0, *, max_step
     # G / t^2 has the fixed point w t^(2 alpha / (1 + alpha)).
     weights = np.exp(point.logs[0] - log_norms + center * (1 - 2 * alpha / (1 + alpha)))
     return Bargain(weights, _residual(gramian.dot(weights), weights, beta), point.solved, False)
+
+
+def _two(gramian: Float64[np.ndarray, "2 2"], norms: Float64[np.ndarray, " 2"], cosine: float) -> Bargain:
+    """The closed form for two gradients: u is the same for both, and C u = 1 / u reads (1 + cos) u = 1 / u."""
+    if 1 + cosine <= 16 * EPS:
+        return Bargain(np.zeros(2), 0.0, True, True)
+    weights = 1 / (np.sqrt(1 + cosine) * norms)
+    return Bargain(weights, _residual(gramian.dot(weights), weights, 1.0), True, False)
 
 
 def _solve(

@@ -59,6 +59,13 @@ def test_blocks_add_up_to_the_concatenation():
     assert_close(torch.from_numpy(jacobian.products(direction)), flat @ together, rtol=1e-5, atol=1e-5)
 
 
+def test_weights_too_large_for_half_precision_still_give_a_direction_that_fits():
+    rows = torch.tensor([[1.0, 0.0], [0.0, 1e-6]], dtype=torch.float16)
+    (direction,) = Jacobian.of(rows).combine(np.array([1.0, 1e6]))
+    assert direction.dtype == torch.float16
+    assert_close(direction, torch.tensor([1.0, 1e6 * float(rows[1, 1])], dtype=torch.float16))
+
+
 def test_micro_batches_add():
     first, second = torch.randn(3, 6, generator=generator(6)), torch.randn(3, 6, generator=generator(7))
     total = Jacobian.of(first) + Jacobian.of(second)

@@ -97,6 +97,39 @@ def test_frozen_parameters_are_skipped():
     assert trunk.weight.grad is not None
 
 
+@pytest.mark.parametrize("name", ["weighted_sum", "mgda"])
+def test_a_parameter_that_no_loss_reaches_gets_a_zero_gradient(name):
+    point, losses = two_bowls()
+    unused = torch.ones(3, requires_grad=True)
+    mogb.backward(losses, [point, unused], mogb.make(name))
+    assert_close(unused.grad, torch.zeros(3))
+
+
+def test_heads_in_half_precision_keep_their_plain_gradient_under_tiny_weights():
+    # The gradient 1e-3 times the weight 1e-5 is zero in float16, and stays zero when divided again.
+    head, trunk = (torch.ones(2, dtype=torch.float16, requires_grad=True) for _ in range(2))
+    losses = [trunk.sum(), trunk.sum() + 1e-3 * head.sum()]
+    mogb.backward(losses, None, mogb.make("weighted_sum", weights=[1.0, 1e-5]))
+    assert_close(head.grad, torch.full((2,), 1e-3, dtype=torch.float16))
+
+
+def test_a_custom_function_that_saves_a_variable_is_no_leaf():
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.variable = x.detach()
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * grad
+
+    point = torch.ones(2, requires_grad=True)
+    losses = [Scaled.apply(point).sum(), point.square().sum()]
+    mogb.backward(losses, None, mogb.make("weighted_sum", weights=[1.0, 1.0]))
+    assert_close(point.grad, torch.full((2,), 4.0))
+
+
 def test_one_loss_alone_is_its_plain_gradient():
     point, losses = two_bowls()
     expected = torch.autograd.grad(losses[0], point, retain_graph=True)[0]

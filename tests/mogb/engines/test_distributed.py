@@ -147,6 +147,33 @@ def test_ddp_accumulates_and_its_own_backward_still_works():
     assert not torch.equal(results[0][0], results[0][1])
 
 
+def expanded(rank, world, folder):
+    net = model()
+    scale = torch.nn.Parameter(torch.ones(3))
+    inputs, targets = mine(rank, world)
+    losses = torch.stack([*losses_of(net, inputs, targets), scale.sum() * (rank + 1)])  # its gradient has stride 0
+    mogb.backward(losses, [*net.parameters(), scale], mogb.make("weighted_sum", weights=[1.0] * 4))
+    torch.save(scale.grad.clone(), folder / f"{rank}.pt")
+
+
+def test_expanded_gradients_are_averaged():
+    for gradient in launch(2, expanded):
+        assert_close(gradient, torch.full((3,), 1.5))
+
+
+def switched_off_shards(rank, world, folder):
+    net = wrapped("fsdp")
+    try:
+        mogb.backward(losses_of(net, *mine(rank, world)), net, mogb.make("mgda"), process_group=None)
+    except ValueError as error:
+        torch.save(str(error), folder / f"{rank}.pt")
+
+
+def test_sharded_parameters_cannot_be_balanced_alone():
+    for message in launch(2, switched_off_shards):
+        assert "sharded over several" in message
+
+
 def switched_off(rank, world, folder):
     net = model()
     inputs, targets = mine(rank, world)
