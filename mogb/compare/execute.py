@@ -46,10 +46,20 @@ def execute_all(plan: Plan, runs: Sequence[Run], workers: int) -> Iterator[Event
     """
     if workers == 0:
         for index, run in enumerate(runs):
-            yield Event(index, "done", execute((run, plan)))
+            yield Event(index, "done", _on_one_thread((run, plan)))
         return
     for event in run_jobs(execute, [(run, plan) for run in runs], workers):
         yield Event(event.index, "done", _lost(runs[event.index], plan, event.value)) if event.kind == "lost" else event
+
+
+def _on_one_thread(job: Job) -> Record:
+    """As a worker does it: the number of threads may decide about the last digits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return execute(job)
+    finally:
+        torch.set_num_threads(before)
 
 
 def versions() -> dict[str, str]:
@@ -81,4 +91,6 @@ def _describe(error: Exception) -> str:
 
 
 def _lost(run: Run, plan: Plan, why: str) -> Record:
-    return _header(run, plan) | _failure(why) | {"wall_seconds": None, "cpu_seconds": None, "versions": versions()}
+    """A failure that says nothing about the method: ``--resume`` tries again."""
+    about = {"lost": True, "wall_seconds": None, "cpu_seconds": None, "versions": versions()}
+    return _header(run, plan) | _failure(why) | about

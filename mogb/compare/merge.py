@@ -10,7 +10,10 @@ from mogb.compare.store import (
     RESULTS,
     SETTINGS,
     Record,
+    check_ours,
     differences,
+    is_empty,
+    locked,
     merge,
     read_results,
     read_settings,
@@ -46,7 +49,7 @@ def merge_folders(names: Sequence[str], out: str | None, *, overwrite: bool = Fa
         InputError: Missing or damaged results, different settings, contradicting results, an ``out`` that is missing,
             not empty or not writable.
     """
-    folders = list(dict.fromkeys(Path(name) for name in names))
+    folders = list({Path(name).resolve(): Path(name) for name in names}.values())
     if out is None and len(folders) > 1:
         raise InputError(f"--out is missing: name a folder for what {len(folders)} folders hold together.")
     summaries = {folder: read_summary(folder) for folder in folders}
@@ -54,14 +57,10 @@ def merge_folders(names: Sequence[str], out: str | None, *, overwrite: bool = Fa
     records: dict[str, Record] = {}
     for folder, summary in summaries.items():
         merge(records, summary.records.values(), str(folder / RESULTS))
-    target = folders[0] if out is None else Path(out)
-    if target not in folders:
-        _prepare(target, overwrite)
     merged = Summary(settings | {"shard": "1/1"} if len(folders) > 1 else settings, records)
-    if target not in folders:
-        lines = [json.dumps(record, separators=(",", ":")) for _, record in sorted(records.items())]
-        write_text(target / RESULTS, "".join(f"{line}\n" for line in lines))
-        write_text(target / SETTINGS, json.dumps(merged.settings, indent=2) + "\n")
+    target = folders[0] if out is None else Path(out)
+    if target.resolve() not in {folder.resolve() for folder in folders}:
+        _write(merged, target, overwrite)
     elif len(folders) > 1:
         raise InputError(f"--out {target} is one of the folders that are merged: name another one.")
     return merged, target
@@ -78,17 +77,27 @@ def _common_settings(found: dict[Path, Any]) -> dict[str, Any]:
     return dict(found[first])
 
 
-def _prepare(target: Path, overwrite: bool) -> None:
+def _write(merged: Summary, target: Path, overwrite: bool) -> None:
+    lines = [json.dumps(record, separators=(",", ":")) for _, record in sorted(merged.records.items())]
     try:
         target.mkdir(parents=True, exist_ok=True)
-        if overwrite:
-            remove_written(target)
-        elif any(target.iterdir()):
-            raise InputError(f"--out {target} is not empty: add --overwrite or name another folder.")
-        write_text(target / RESULTS, "")
+        _check_free(target, overwrite)  # before a lock file is left in a folder of somebody else
+        with locked(target):
+            _check_free(target, overwrite)
+            if overwrite:
+                remove_written(target)
+            write_text(target / SETTINGS, json.dumps(merged.settings, indent=2) + "\n")
+            write_text(target / RESULTS, "".join(f"{line}\n" for line in lines))
     except FileExistsError as error:
         raise InputError(f"--out {target} is a file: name a folder.") from error
     except OSError as error:
         raise InputError(
             f"--out {target} cannot be written: {error.strerror}. Name a folder that you may write to."
         ) from error
+
+
+def _check_free(target: Path, overwrite: bool) -> None:
+    if overwrite:
+        check_ours(target)
+    elif not is_empty(target):
+        raise InputError(f"--out {target} is not empty: add --overwrite or name another folder.")

@@ -1,21 +1,26 @@
 """A folder of results that survives a crash: one line a run, each on disk before the next one is computed."""
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from mogb.compare.check import wrong_record, wrong_settings
 from mogb.compare.plan import InputError, Plan
+from mogb.problems import registered_problems
 
 Record = dict[str, Any]
 
-RESULTS, SETTINGS = "results.jsonl", "settings.json"
+RESULTS, SETTINGS, LOCK = "results.jsonl", "settings.json", ".lock"
 # What two records of the same run may differ in: how long it took, and on what.
 VOLATILE = frozenset({"wall_seconds", "cpu_seconds", "versions"})
-WRITTEN = ("*.png", "summary.csv", "summary.md", "report.html", RESULTS, SETTINGS)
+# Names of figures, and the beginnings of those that there is one of per problem.
+FIGURES = ("ranking", "ranks_distance", "ranks_coverage", "conflicts")
+FIGURES_OF = ("trajectories", "objectives", "conflicts", "invariance", "weights")
 
 
 @dataclass
@@ -32,6 +37,7 @@ class Store:
     done: dict[str, Record] = field(default_factory=dict)
     torn: int = 0
     _descriptor: int = -1
+    _lock: int = -1
 
     def __enter__(self) -> "Store":
         return self
@@ -40,6 +46,7 @@ class Store:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         os.close(self._descriptor)
+        os.close(self._lock)
 
     def append(self, record: Record) -> None:
         """Writes one line and waits until it is on the disk."""
@@ -56,39 +63,59 @@ def open_store(folder: Path, plan: Plan, *, resume: bool = False, overwrite: boo
     Args:
         folder: Made if it does not exist.
         plan: What is about to be run.
-        resume: Keep the finished runs of the same comparison; an unfinished last line is cut off.
+        resume: Keep the finished runs of the same comparison; an unfinished last line is cut off, and runs whose
+            process was killed are left to be done again.
         overwrite: Remove the files that an earlier comparison wrote here, and nothing else.
 
     Raises:
-        InputError: The folder is not empty, belongs to other settings, is not writable, or holds damaged results.
+        InputError: The folder is not empty, belongs to other settings, is not writable, is in use, holds damaged
+            results, or is to be overwritten but no comparison wrote it.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--out {folder} is a file: name a folder.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if overwrite and not resume:
-            remove_written(folder)
-        elif any(folder.iterdir()) and not resume:
-            raise InputError(
-                f"--out {folder} is not empty: add --resume to complete it, --overwrite to start again, "
-                "or name another folder."
-            )
-        torn = 0
-        if (folder / SETTINGS).exists():
-            _check_settings(folder, plan)
-            torn = _cut_torn_line(folder / RESULTS)
-        elif (folder / RESULTS).exists():
-            raise InputError(f"{folder / RESULTS} has no {SETTINGS} beside it: add --overwrite or name another folder.")
-        else:
-            _write_settings(folder, plan)
-        done, _ = read_results(folder)
-        descriptor = os.open(folder / RESULTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        _lock(descriptor, folder)
+        _check_free(folder, resume, overwrite)  # before a lock file is left in a folder of somebody else
+        lock = lock_folder(folder)
+        try:
+            _check_free(folder, resume, overwrite)
+            return _open_locked(folder, plan, overwrite and not resume, lock)
+        except BaseException:
+            os.close(lock)
+            raise
     except OSError as error:
         raise InputError(
             f"--out {folder} cannot be written: {error.strerror}. Name a folder that you may write to."
         ) from error
-    return Store(folder, done, torn, descriptor)
+
+
+def _check_free(folder: Path, resume: bool, overwrite: bool) -> None:
+    if resume:
+        return
+    if overwrite:
+        check_ours(folder)
+    elif not is_empty(folder):
+        raise InputError(
+            f"--out {folder} is not empty: add --resume to complete it, --overwrite to start again, "
+            "or name another folder."
+        )
+
+
+def _open_locked(folder: Path, plan: Plan, anew: bool, lock: int) -> Store:
+    if anew:
+        remove_written(folder)
+    torn = 0
+    if (folder / SETTINGS).exists():
+        _check_settings(folder, plan)
+        torn = _cut_torn_line(folder / RESULTS)
+    elif (folder / RESULTS).exists():
+        raise InputError(f"{folder / RESULTS} has no {SETTINGS} beside it: remove it or name another folder.")
+    else:
+        _write_settings(folder, plan)
+    found, _ = read_results(folder)
+    done = {key: record for key, record in found.items() if not record.get("lost")}
+    descriptor = os.open(folder / RESULTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    return Store(folder, done, torn, descriptor, lock)
 
 
 def read_results(folder: Path) -> tuple[dict[str, Record], bool]:
@@ -110,11 +137,16 @@ def read_results(folder: Path) -> tuple[dict[str, Record], bool]:
 def merge(into: dict[str, Record], records: Iterable[Record], source: str) -> None:
     """Adds records; one that is there already must be the same but for its wall time.
 
+    A run whose process was killed has no result: any other record of it takes its place.
+
     Raises:
         InputError: Two records of one run differ.
     """
     for record in records:
         known = into.setdefault(record["key"], record)
+        if known.get("lost") or record.get("lost"):
+            into[record["key"]] = record if known.get("lost") else known
+            continue
         differ = [name for name in sorted(known.keys() | record.keys()) if known.get(name) != record.get(name)]
         if differ := [name for name in differ if name not in VOLATILE]:
             raise InputError(
@@ -136,9 +168,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} holds no {SETTINGS}: name a folder that `mogb compare` wrote.") from error
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}): start again with --overwrite.") from error
-    if not isinstance(settings, dict) or "methods" not in settings:
-        raise InputError(f"{path} is damaged: it does not say which methods were run. Start again with --overwrite.")
-    return settings
+    if wrong := wrong_settings(settings):
+        raise InputError(f"{path} is damaged: {wrong}. Start again with --overwrite.")
+    return dict(settings)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -175,11 +207,31 @@ def _write_settings(folder: Path, plan: Plan) -> None:
     write_text(folder / SETTINGS, json.dumps(plan.settings(), indent=2) + "\n")
 
 
+def check_ours(folder: Path) -> None:
+    """Makes sure that it is a comparison that ``--overwrite`` is about to remove.
+
+    Raises:
+        InputError: The folder is not empty, and no comparison wrote it.
+    """
+    path = folder / SETTINGS
+    ours = path.is_file() and ((folder / RESULTS).exists() or b'"mogb"' in path.read_bytes())
+    if not ours and not is_empty(folder):
+        raise InputError(
+            f"--overwrite: {folder} is not empty and holds no {SETTINGS} of a comparison: name another folder, or "
+            "empty this one yourself."
+        )
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether nothing is there but the lock that an earlier command left."""
+    return all(path.name == LOCK for path in folder.iterdir())
+
+
 def remove_written(folder: Path) -> None:
-    """Removes what a comparison or a report wrote, and nothing else."""
-    for pattern in WRITTEN:
-        for path in folder.glob(pattern):
-            path.unlink()
+    """Removes what a comparison or a report wrote, and nothing else; the settings last, so that it can be repeated."""
+    figures = [*FIGURES, *(f"{what}_{problem}" for what in FIGURES_OF for problem in registered_problems())]
+    for name in (*(f"{name}.png" for name in figures), "summary.csv", "summary.md", "report.html", RESULTS, SETTINGS):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _cut_torn_line(path: Path) -> int:
@@ -196,29 +248,44 @@ def _cut_torn_line(path: Path) -> int:
 
 def _parse(line: bytes, path: Path, number: int) -> Record:
     try:
-        record = json.loads(line)
-        if {"key", "method", "problem", "seed", "status"} <= record.keys():
-            return record
-        reason = "it is no record of a run"
-    except (ValueError, AttributeError) as error:
+        record: Record = json.loads(line)
+        reason = wrong_record(record)
+    except ValueError as error:
         reason = str(error)
+    if reason is None:
+        return record
     raise InputError(
         f"{path} line {number} is damaged ({reason}): delete that line and add --resume to run it again, "
         "or start again with --overwrite."
     )
 
 
-def _lock(descriptor: int, folder: Path) -> None:
+def lock_folder(folder: Path) -> int:
+    """Takes a folder for this process, until the descriptor that is returned is closed.
+
+    Raises:
+        InputError: Another process has it.
+    """
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         import fcntl
-    except ImportError:  # no advisory locks on this platform
-        return
-    try:
+
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(descriptor)
         raise InputError(
-            f"--out {folder} is being written by another `mogb compare`: wait, or name another."
+            f"--out {folder} is being written by another `mogb compare` or `mogb report`: wait, or name another."
         ) from error
-    except OSError:  # a network file system without locks
-        return
+    except (ImportError, OSError):  # a platform or a network file system without locks
+        pass
+    return descriptor
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the lock of a folder."""
+    descriptor = lock_folder(folder)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
