@@ -120,5 +120,5 @@ def _certified(
 
 def _resolution(weights: Float64[np.ndarray, " K"], norms: Float64[np.ndarray, " K"], error: float) -> float:
     """The gap that the rounding of weights and Gramian may leave at the exact solution."""
-    mass = float(weights @ norms) / norms.min()
+    mass = float(weights @ norms / norms.min())
     return (4 * len(norms) * EPS + error) * mass * (1 + mass)
