@@ -25,12 +25,12 @@ from mogb.base import LossAggregator, Promise, Reference, Solution, state
 class GO4Align(LossAggregator, name="go4align"):
     r"""Brings losses to one scale, group by group; losses must be positive.
 
-    With as many groups as objectives, and at the first step, all :math:`w_k L_k` are equal; fewer groups make the
+    Without the momentum and with as many groups as objectives, all :math:`w_k L_k` are equal; fewer groups make the
     weights of similar objectives equal instead.
 
     Follows the official code (its class ``GO4ALIGN``), which does not run as published, since the k-means routine it
     calls is not imported. That routine starts at random centres; here the clusters of numbers on a line are found
-    exactly, by dynamic programming, so that there is no seed. The paper's text was not at hand to compare with.
+    exactly, by dynamic programming, so that there is no seed. It was compared with the code, not with the paper's text.
 
     Args:
         num_groups: At most so many groups. The official class leaves it open and its script has 1, one weight for all;

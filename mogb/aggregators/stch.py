@@ -28,8 +28,8 @@ from mogb.base import LossAggregator, Phase, Promise, Reference, Solution, state
 class STCH(LossAggregator, name="stch"):
     r"""Follows the objectives that are worst off, the more strictly the smaller :math:`\mu` is.
 
-    The plain form is the paper's equation (7). The form on log losses is that of the official code for multi-task
-    learning, and needs positive losses. Its nadir is given, or measured: ``warmup_epochs`` epochs, and one more over
+    The plain form is the paper's. The form on log losses is that of the official code for multi-task learning, and
+    needs positive losses. Its nadir is given, or measured: ``warmup_epochs`` epochs, and one more over
     which the mean losses are taken, minimize :math:`\sum_k \log L_k`; call ``end_epoch()`` after every one. An epoch
     without a step does not count.
 

@@ -29,8 +29,9 @@ class UW(LossAggregator, name="uw"):
     them a learning rate of 0.025 of their own. They start as an empty tensor that takes its size at the first solve
     (with Adagrad, which cannot wait, give one ``init`` per objective).
 
-    The formula is that of the paper for losses that are half a squared error, and of the Nash-MTL code and LibMTL;
-    some ports leave out the first one half. A loss that stays below zero has no best s: its weight grows for ever.
+    The formula is the paper's for regression, applied to every loss as in the Nash-MTL code, LibMTL and TorchJD; some
+    ports leave out the first one half, which is the paper's form for classification. A loss that stays below zero has
+    no best s: its weight grows for ever.
 
     Args:
         init: Where the log variances start, one number for all or one for each objective. 0 as in the Nash-MTL code;
