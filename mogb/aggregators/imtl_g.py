@@ -9,6 +9,7 @@ With C the cosines between the gradients, the answer is in closed form: :math:`w
 Shapes: K = objectives.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -52,9 +53,9 @@ class IMTLG(GramianAggregator, name="imtl_g"):
         norms, cosines = unit_diagonal(gramian)
         if len(norms) == 2:  # v is the same for both, also in the limit of opposite gradients
             return Solution(norms[::-1] / norms.sum())
-        weights = solve_semidefinite(cosines, np.ones(len(norms))) * (norms.min() / norms)
+        weights = solve_semidefinite(cosines, np.ones(len(norms))) / norms
         total = float(weights.sum())
-        if abs(total) <= 8 * len(norms) * EPS * float(np.abs(weights).sum()):
+        if abs(total) <= 8 * len(norms) ** 1.5 * EPS * math.sqrt(weights.dot(weights)):
             return Solution(
                 np.zeros(len(norms)), note="Pareto stationary: no direction projects onto all gradients alike"
             )

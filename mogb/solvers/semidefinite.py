@@ -28,8 +28,7 @@ def solve_semidefinite(
     size = len(matrix)
     triangle, info = dpotrf(matrix)
     if info == 0:
-        column_sum = float(np.abs(matrix).sum(axis=0).max())
-        reciprocal_condition, _ = dpocon(triangle, column_sum)
+        reciprocal_condition, _ = dpocon(triangle, matrix.trace())  # the trace is at least the largest eigenvalue
         if reciprocal_condition > 64 * size * EPS:
             solution, _ = dpotrs(triangle, target)
             return solution
