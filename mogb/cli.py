@@ -26,6 +26,7 @@ from mogb.compare.tables import overall_table
 from mogb.problems import registered_problems
 from mogb.report import check_figures, write_report
 from mogb.specs import SpecError, parse_specs
+from mogb.wrappers import WRAPPERS
 
 COMPARE_EXAMPLES = """examples:
   mogb compare --quick --out runs/quick
@@ -153,6 +154,8 @@ def _list(options: argparse.Namespace) -> int:
     for entry in entries:
         table.add_row(*(", ".join(value) if isinstance(value := entry[key], list) else str(value) for key in columns))
     _console().print(table, highlight=False)
+    if options.what == "aggregators":
+        print(f"Wrappers that a method can wear, as in smoothed(mgda,decay=0.9): {', '.join(sorted(WRAPPERS))}.")
     return 0
 
 

@@ -40,7 +40,7 @@ LAYERS = {
     "mogb.cli": (
         (
             "mogb", "mogb.base", "mogb.catalog", "mogb.compare", "mogb.report", "mogb.aggregators", "mogb.specs",
-            "mogb.problems",
+            "mogb.problems", "mogb.wrappers",
         ),
         ("rich",),
     ),
@@ -72,7 +72,7 @@ def imports(path, name):
     tree = ast.parse(path.read_text())
     top = {id(node) for node in tree.body}
     for block in tree.body:
-        if isinstance(block, ast.If):  # if TYPE_CHECKING, try ... are top level too
+        if isinstance(block, ast.If) and ast.unparse(block.test) != "TYPE_CHECKING":  # that is never run
             top |= {id(node) for node in block.body}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -24,7 +24,7 @@ def blocks():
 
 
 @pytest.mark.parametrize(("page", "line", "code"), list(blocks()))
-def test_the_block_runs(page, line, code, tmp_path, monkeypatch):
+def test_the_block_runs(page, line, code, tmp_path, monkeypatch, unchecked):
     monkeypatch.chdir(tmp_path)
     with torch.random.fork_rng():
         exec(compile("\n" * (line - 1) + code, str(page), "exec"), {"__name__": "__main__"})
@@ -43,7 +43,7 @@ MODULES = sorted(
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_docstring_examples_are_true(name):
+def test_docstring_examples_are_true(name, unchecked):
     module = importlib.import_module(name)
     failed, _ = doctest.testmod(module, extraglobs={"torch": torch}, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert failed == 0

@@ -71,11 +71,11 @@ def test_list_problems(capsys):
 def test_cite_prints_bibtex(capsys):
     assert call("cite", "mgda", "nash_mtl") == 0
     printed = capsys.readouterr().out
-    assert [line for line in printed.splitlines() if line.startswith("@")] == [
-        "@inproceedings{mgda,",
-        "@inproceedings{nash_mtl,",
+    assert re.findall(r"^@(\w+){(.*),$", printed, re.MULTILINE) == [
+        ("inproceedings", "mgda"),
+        ("inproceedings", "nash_mtl"),
     ]
-    assert "Nash" in printed or "Bargaining" in printed
+    assert "Bargaining" in printed
 
 
 @pytest.mark.parametrize("name", ["cagrad", "smoothed", "valley_scaled"])
@@ -259,7 +259,7 @@ def test_shards_merge_to_the_summary_of_one_run(tmp_path, finished, capsys):
     parts = [tmp_path / f"part-{i}" for i in (1, 2, 3)]
     for i, part in enumerate(parts, start=1):
         assert call(*COMPARE, "--out", part, "--shard", f"{i}/3") == 0
-    keys = [{json.loads(line)["key"] for line in (part / "results.jsonl").open()} for part in parts]
+    keys = [{json.loads(line)["key"] for line in (part / "results.jsonl").read_text().splitlines()} for part in parts]
     assert [len(found) for found in keys] == [4, 4, 4]
     assert len(set.union(*keys)) == 12
     assert call("report", *parts, "--out", tmp_path / "all", "--no-figures") == 0
@@ -341,4 +341,4 @@ def test_control_c_keeps_what_is_finished(tmp_path):
     assert process.returncode == 130
     assert "interrupted. Finished runs are kept: add --resume to go on." in said
     assert "Traceback" not in said
-    assert all(json.loads(line)["status"] == "ok" for line in results.open())
+    assert all(json.loads(line)["status"] == "ok" for line in results.read_text().splitlines())

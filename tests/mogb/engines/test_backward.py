@@ -234,11 +234,11 @@ class TestBadInput:
             (["loss"], TypeError, "must be a tensor"),
         ],
     )
-    def test_losses_of_the_wrong_kind(self, losses, error, message, untyped):
+    def test_losses_of_the_wrong_kind(self, losses, error, message, unchecked):
         with pytest.raises(error, match=message):
             mogb.backward(losses, [torch.ones(2, requires_grad=True)], mogb.make("mgda"))
 
-    def test_parameters_of_the_wrong_kind(self, untyped):
+    def test_parameters_of_the_wrong_kind(self, unchecked):
         point, losses = two_bowls()
         agg = mogb.make("mgda")
         with pytest.raises(ValueError, match="none requires a gradient"):

@@ -91,7 +91,7 @@ def test_a_failed_step_changes_nothing():
     assert all(torch.equal(torch.as_tensor(before[key]), torch.as_tensor(after[key])) for key in before)
 
 
-def test_bad_options_and_states_are_refused(untyped):
+def test_bad_options_and_states_are_refused(unchecked):
     point = torch.zeros(2, requires_grad=True)
     with pytest.raises(ValueError, match="refresh_every"):
         mogb.Balancer(mogb.make("mgda"), [point], refresh_every=0)

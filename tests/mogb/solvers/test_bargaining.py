@@ -67,7 +67,7 @@ def test_two_gradients_are_improved_along_the_bisector():
 @pytest.mark.parametrize("size", [*SIZES, 40])
 @pytest.mark.parametrize("family", EXISTING)
 def test_nash_bargains_hold_on_every_family(family, size):
-    for seed in range(3):
+    for seed in range(2):
         rows = jacobian(family, size, seed)
         found = bargain(gramian(rows))
         assert not found.stationary
@@ -103,7 +103,7 @@ def test_the_weights_are_those_of_high_precision_arithmetic(family, alpha):
     np.testing.assert_allclose(found.weights, precise(matrix, alpha, found.weights), rtol=1e-10)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(whole_jacobians.filter(lambda rows: norms(rows).all()), st.sampled_from([0.5, 1.0, 3.0]))
 def test_either_the_bargain_holds_or_zero_is_in_the_hull(rows, alpha):
     found = bargain(gramian(rows), alpha)

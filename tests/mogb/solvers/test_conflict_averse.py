@@ -11,7 +11,7 @@ from mogb.solvers.cone import project_on_dual_cone
 from mogb.solvers.conflict_averse import conflict_averse
 from mogb.solvers.min_norm import solve_min_norm
 
-CS = (0.05, 0.4, 0.9, 1.0, 2.0)
+CS = (0.05, 0.4, 0.9, 2.0)
 
 
 def objective(rows, weights, c):
@@ -51,11 +51,11 @@ def test_there_is_no_duality_gap_on_any_family(family, size, c):
         assert -1e-9 <= duality_gap(rows, found, c) <= 1e-8
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(whole_jacobians, st.sampled_from(CS))
 def test_no_other_point_of_the_simplex_is_worse_for_the_mean(rows, c):
     found = conflict_averse(gramian(rows), c)
-    others = np.random.default_rng(0).dirichlet(np.full(len(rows), 0.3), size=200)
+    others = np.random.default_rng(0).dirichlet(np.full(len(rows), 0.3), size=60)
     others = np.concatenate([others, np.eye(len(rows)), np.full((1, len(rows)), 1 / len(rows))])
     least = min(objective(rows, other, c) for other in others)
     assert found.converged

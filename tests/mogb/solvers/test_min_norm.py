@@ -60,7 +60,7 @@ def test_orthogonal_gradients_are_weighted_by_their_inverse_squares(size):
 @pytest.mark.parametrize("size", [*SIZES, 64])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_gap_is_closed_on_every_family(family, size):
-    for seed in range(3):
+    for seed in range(2):
         rows = jacobian(family, size, seed)
         found = solve_min_norm(gramian(rows))
         assert found.weights.min() >= 0
@@ -75,14 +75,14 @@ def test_the_gap_is_closed_on_every_family(family, size):
 
 
 @pytest.mark.parametrize("family", ["independent", "conflict .9", "duplicates", "more rows than columns"])
-def test_hundreds_of_objectives_are_solved_alike(family):
-    rows = jacobian(family, 200)
+def test_many_objectives_are_solved_alike(family):
+    rows = jacobian(family, 120)
     found = solve_min_norm(gramian(rows))
     assert found.converged
     assert gap_of(rows, found.weights) <= 1e-12
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(whole_jacobians, exponents)
 def test_the_gap_is_closed_in_exact_arithmetic(rows, powers):
     rows = rows * 2.0 ** np.array(powers[: len(rows)])[:, None]
@@ -101,7 +101,7 @@ def test_the_gap_is_closed_in_exact_arithmetic(rows, powers):
         assert max(float(s) / scale for s, scale in zip(short, scales, strict=True)) <= 1e-12
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(whole_jacobians)
 def test_no_face_holds_a_shorter_vector(rows):
     found = solve_min_norm(gramian(rows))
