@@ -20,6 +20,11 @@ def list_problems() -> list[dict[str, Any]]:
     return [_problem(name) for name in registered_problems()]
 
 
+def list_wrappers() -> list[str]:
+    """The names of the wrappers that a method can wear."""
+    return sorted(WRAPPERS)
+
+
 def cite(name: str) -> str:
     """The BibTeX entry of a method.
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mogb import __version__
-from mogb.catalog import cite, describe, list_aggregators, list_problems
+from mogb.catalog import cite, describe, list_aggregators, list_problems, list_wrappers
 from mogb.compare import DEFAULT_SEEDS, LAUNCH_METHODS, QUICK_PROBLEMS, InputError, Plan, run_plan
 from mogb.compare.merge import merge_folders, read_summary
 from mogb.compare.progress import Watch, duration
@@ -26,7 +26,6 @@ from mogb.compare.tables import overall_table
 from mogb.problems import registered_problems
 from mogb.report import check_figures, write_report
 from mogb.specs import SpecError, parse_specs
-from mogb.wrappers import WRAPPERS
 
 COMPARE_EXAMPLES = """examples:
   mogb compare --quick --out runs/quick
@@ -155,7 +154,7 @@ def _list(options: argparse.Namespace) -> int:
         table.add_row(*(", ".join(value) if isinstance(value := entry[key], list) else str(value) for key in columns))
     _console().print(table, highlight=False)
     if options.what == "aggregators":
-        print(f"Wrappers that a method can wear, as in smoothed(mgda,decay=0.9): {', '.join(sorted(WRAPPERS))}.")
+        print(f"Wrappers that a method can wear, as in smoothed(mgda,decay=0.9): {', '.join(list_wrappers())}.")
     return 0
 
 

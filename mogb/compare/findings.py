@@ -12,6 +12,7 @@ from mogb.problems import make_problem
 
 SAME_PLACE = 0.05  # of the extent of the Pareto set: end points closer than this are the same
 STANDS_STILL = 1e-6  # relative min-norm residual of a point that no method can leave
+MANY = 5  # more names than this are counted instead
 SOMETIMES = 0.01  # share of steps
 
 
@@ -58,7 +59,8 @@ def _ranks(summary: Summary) -> list[str]:
 def _rank_sentence(ranking: Ranking, what: str) -> str:
     first, last = ranking.order[0], ranking.order[-1]
     level = [ranking.methods[i] for i in ranking.order[1:] if ranking.overall_low[i] <= ranking.overall_high[first]]
-    rest = f"{_names(level)} cannot be told from it: their intervals overlap" if level else "its interval is its own"
+    others = f"{len(level)} of the others" if len(level) > MANY else _names(level) if level else ""
+    rest = f"{others} cannot be told from it: their intervals overlap" if level else "its interval is its own"
     count = len(ranking.problems)
     return (
         f"By {what}, {ranking.methods[first]} has the best mean rank, {ranking.overall[first]:.1f} of "
@@ -89,7 +91,7 @@ def _scaling(summary: Summary) -> list[str]:
 
 
 def _stuck(summary: Summary) -> list[str]:
-    easy = [name for name in summary.problems if not make_problem(name).settings.hard]
+    easy = _easy(summary)
     counts = {}
     for method in summary.methods:
         good = [(name, record) for name in easy for record in summary.good(name, method)]
@@ -136,7 +138,7 @@ def _stuck_in_valley(summary: Summary) -> list[str]:
 def _standing_still(summary: Summary) -> list[str]:
     """Points off the front where the gradients cancel: descent for all is over, although something better exists."""
     places: dict[str, list[str]] = {}
-    for name in summary.problems:
+    for name in _easy(summary):
         tolerance = make_problem(name).settings.tolerance
         for method in summary.methods:
             good = summary.good(name, method)
@@ -173,8 +175,8 @@ def _conflicts(summary: Summary) -> list[str]:
             order = _sorted(held, lambda row: row["held_out_conflict_rate"])
             first, last = order[0], order[-1]
             found.append(
-                f"Against the exact gradients, which no method sees, {first} conflicts least on {name} "
-                f"({percent(held[first]['held_out_conflict_rate'])} of the steps, mean of the smallest cosine "
+                f"Against the exact gradients, which no method sees, and until it arrives, {first} conflicts least on "
+                f"{name} ({percent(held[first]['held_out_conflict_rate'])} of the steps, mean of the smallest cosine "
                 f"{held[first]['held_out_cosine_min']:+.2f}), {last} most "
                 f"({percent(held[last]['held_out_conflict_rate'])}, {held[last]['held_out_cosine_min']:+.2f})."
             )
@@ -203,6 +205,10 @@ def _failures(summary: Summary) -> list[str]:
 def _missing(summary: Summary) -> list[str]:
     count = len(summary.missing)
     return [f"Not finished: {count} of the planned runs have no result yet."] if count else []
+
+
+def _easy(summary: Summary) -> list[str]:
+    return [name for name in summary.problems if not make_problem(name).settings.hard]
 
 
 def _sorted(rows: dict[str, dict], key: Callable, keep: Callable = lambda row: True) -> list[str]:

@@ -43,8 +43,9 @@ class Path:
         marks: The steps at which positions were kept: 0 first, the last step last.
         positions: At these steps.
         observer: The figures collected at every step, of directions against the gradients that they were made from.
-        held_out: The same against the exact gradients, where the problem is stochastic: what a direction that was made
-            from one mini-batch does to the losses themselves.
+        held_out: The same against the exact gradients, where the problem is stochastic, until a start arrives: what a
+            direction that was made from one mini-batch does to the losses themselves. Close to the front the exact
+            gradients, or what they leave of each other, drown in the noise.
         flags: What the solvers said.
     """
 
@@ -180,6 +181,9 @@ def _by_direction(
 
 def _against_exact(problem: Problem, x: np.ndarray, direction: np.ndarray, step: int) -> Seen:
     losses, jacobian, gramian = _evaluate(problem, x, None, step)
+    distance = problem.distance_to_front(torch.from_numpy(losses))
+    if distance is not None:  # a direction of length 0 is not counted
+        direction = direction * (distance.numpy() > problem.settings.tolerance)[:, None]
     return _seen(gramian, (jacobian @ direction[..., None])[..., 0], direction, np.zeros(losses.shape))
 
 

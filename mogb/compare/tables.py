@@ -53,7 +53,7 @@ def overall_table(summary: Summary) -> Table | None:
         "Mean ranks over problems with 95 % bootstrap intervals, 1 is best: by distance to the front (points within a "
         "problem's tolerance tie), and by coverage, the IGD+ of the points reached from all starts. Wins are against a "
         "random other method. Conflicts: share of steps whose direction points against some gradient; held out: "
-        "against an exact gradient, on stochastic problems.",
+        "against an exact gradient, on stochastic problems, until a start arrives.",
         ("method", "rank, distance", "rank, coverage", "wins", "arrived", "conflicts", "held out", "mean of min cos",
          "failed runs"),
         tuple(rows),
@@ -75,7 +75,7 @@ def problem_table(summary: Summary, name: str) -> Table:
         f"K = {problem.num_objectives}, N = {problem.dim}. {problem.reference}.{hard} Arrived: within "
         f"{problem.settings.tolerance:g} of the front, in units of the objectives' ranges. Steps: median until then. "
         "Hypervolume: share of the front's. Residual: largest min-norm residual at the end, relative."
-        + (" Held out: against exact gradients." if stochastic else ""),
+        + (" Held out: against exact gradients, until it arrives." if stochastic else ""),
         (*header, "held out, conflicts", "held out, min cos") if stochastic else header,
         tuple(_problem_row(row, stochastic) for row in rows),
     )

@@ -66,7 +66,8 @@ def _panel(summary: Summary, name: str, folder: Path) -> list[Picture]:
     text += "often the smallest is negative, the mean of the smallest, the mean, and the mean variance over objectives."
     if stochastic:
         text += " That a min-norm direction never conflicts with the gradients it was made from is algebra; the "
-        text += "held-out figures, against exact gradients that no method sees, are evidence."
+        text += "held-out figures, against exact gradients that no method sees, over the steps until a start arrives "
+        text += "at the front, are evidence."
     return [Picture(path, SECTION, f"{name}: cosines and conflicts", text)]
 
 
@@ -123,7 +124,8 @@ def _map(summary: Summary, folder: Path) -> list[Picture]:
     return [Picture(
         path, SECTION, "Conflict rates",
         "Share of the steps whose direction has a negative cosine with some objective's gradient: the same gradients "
-        "that it was made from, or (*) the exact ones where the problem gives mini-batches. Least conflict on "
+        "that it was made from, or (*) the exact ones, until it arrives, where the problem "
+        "gives mini-batches. Least conflict on "
         "top. On a front gradients oppose each other: whoever sits there with a direction that is not zero conflicts.",
     )]  # fmt: skip
 

@@ -36,6 +36,7 @@ def _heat_map(ranking: Ranking, what: str, name: str, folder: Path, note: str) -
     rows, columns = len(order), len(ranking.problems)
     cell, left, top = (0.66, 0.44), 0.2 + 0.085 * max(map(len, ranking.methods)), top_margin(ranking.problems)
     width, height = left + cell[0] * (columns + 1.6) + 0.9, top + cell[1] * rows + 0.2
+    width = max(width, 7.5)
     figure = new_figure(width, height)
     table = figure.add_axes((
         left / width, 0.2 / height, cell[0] * columns / width, cell[1] * rows / height

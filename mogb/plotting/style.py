@@ -11,6 +11,7 @@ from mogb.compare.plan import InputError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
 # Okabe and Ito's palette, which survives the common colour deficiencies, without its yellow; dark to light.
 BLUE, VERMILLION, GREEN, PURPLE, SKY, ORANGE, BLACK = (
@@ -132,13 +133,18 @@ def panels(count: int, *, share: bool = True, aspect: float = 1.0, projection: s
 
 
 def headline(figure: "Figure", title: str, subtitle: str = "") -> None:
-    """A title at the top left, and a quieter line beside it."""
+    """A title at the top left, and a quieter line beside it, as large as there is room for."""
     height = figure.get_size_inches()[1]
     text = figure.text(0.012, 1 - 0.12 / height, title, ha="left", va="top", fontsize=12, fontweight="bold")
-    if subtitle:
-        renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
-        box = text.get_window_extent(renderer).transformed(figure.transFigure.inverted())
-        figure.text(box.x1 + 0.012, 1 - 0.135 / height, subtitle, ha="left", va="top", fontsize=9.5, color=GREY)
+    left = _right_edge(figure, text) + 0.012
+    quiet = figure.text(left, 1 - 0.135 / height, subtitle, ha="left", va="top", fontsize=9.5, color=GREY)
+    needed = _right_edge(figure, quiet) - left
+    quiet.set_fontsize(9.5 * min(1.0, max(0.0, 0.985 - left) / max(needed, 1e-9)))
+
+
+def _right_edge(figure: "Figure", text: "Text") -> float:
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    return text.get_window_extent(renderer).transformed(figure.transFigure.inverted()).x1
 
 
 def few_ticks(axis: "Axes") -> None:
