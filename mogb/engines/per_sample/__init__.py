@@ -48,8 +48,9 @@ Examples:
     ...     rows = engine.gradients(model(part)[:, 0].square(), torch.rand(3, 5) / 10, add_to=rows, store="dense")
 """
 
-from mogb.engines.per_sample.engine import PerSample, PerSampleReport
+from mogb.engines.per_sample.engine import PerSample
 from mogb.engines.per_sample.errors import PerSampleError, UnsupportedLayerError
 from mogb.engines.per_sample.rows import FactoredJacobian
+from mogb.engines.per_sample.step import PerSampleReport
 
 __all__ = ["FactoredJacobian", "PerSample", "PerSampleError", "PerSampleReport", "UnsupportedLayerError"]
