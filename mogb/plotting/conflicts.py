@@ -35,7 +35,7 @@ def _panel(summary: Summary, name: str, folder: Path) -> list[Picture]:
     stochastic = make_problem(name).stochastic
     rows.sort(key=lambda row: (row["held_out_conflict_rate"] or 0.0, row["conflict_rate"], row["method"]))
     left, side, gap = 0.2 + 0.085 * max(len(row["method"]) for row in rows), 2.5, 0.22
-    width, height = left + 4 * (side + gap) + 0.1, 1.5 + 0.3 * len(rows)
+    width, height = left + 4 * (side + gap) + 0.1, max(1.5 + 0.3 * len(rows), 2.6)
     figure = new_figure(width, height)
     for i, (key, title, limits) in enumerate(MEASURES):
         axis = figure.add_axes((
