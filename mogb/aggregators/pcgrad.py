@@ -29,7 +29,8 @@ class PCGrad(GramianAggregator, name="pcgrad"):
 
     Two objectives end without a conflict; more of them may not, since a later projection can undo an earlier one.
     The paper draws an order for every objective, as this does by default; the official TensorFlow code discards its
-    shuffle, which is the order of the index.
+    shuffle, which is the order of the index. No gradient is projected off itself, as in the paper; some codes do that,
+    which makes a difference for three or more objectives.
 
     Args:
         order: ``"per-task"`` draws an order for every objective, ``"shared"`` one for all of them at every step, and

@@ -35,9 +35,9 @@ from mogb.engines.per_sample.step import (
     Situation,
     Step,
     added,
+    as_matrix,
     check_choice,
     check_rows,
-    matrix,
     without_probe,
 )
 from mogb.engines.per_sample.tape import checkpoint
@@ -357,7 +357,7 @@ class PerSample:
         if reason:
             return Step(problem, problem, None, situation, check=False, reason=reason)
         check = self.self_check == "always" or (self.self_check == "first" and situation not in self._verified)
-        asked = problem.with_probe(matrix(basis)) if check else problem
+        asked = problem.with_probe(as_matrix(basis)) if check else problem
         passes = plan_passes(asked, self._attachment, basis)
         if len(passes) >= len(problem):
             return Step(problem, problem, None, situation, check=False)
@@ -400,7 +400,7 @@ class PerSample:
                 raise PerSampleError(
                     f"{reason} The graph is gone by now: repeat the forward pass, and K backward passes will be used."
                 )
-            warnings.warn(f"PerSample falls back to one backward pass per objective: {reason}", stacklevel=3)
+            warnings.warn(f"PerSample falls back to one backward pass per objective: {reason}", stacklevel=4)
         return Step(step.problem, step.problem, None, step.situation, check=False, reason=reason)
 
     def _exact(self, step: Step, add_to: Jacobian | None, retain_graph: bool) -> Jacobian:
@@ -408,8 +408,11 @@ class PerSample:
         if step.reason and self.on_failure == "error":
             raise PerSampleError(f"The gradients can't be taken sample by sample: {step.reason}")
         problem = step.problem
-        blocks = [param.new_zeros((len(problem), *param.shape), dtype=row_dtype(param)) for param in self.params]
-        blocks = blocks if add_to is None else list(add_to.blocks)
+        if add_to is None:
+            shapes = [(len(problem), *param.shape) for param in self.params]
+            blocks = [p.new_zeros(shape, dtype=row_dtype(p)) for p, shape in zip(self.params, shapes, strict=True)]
+        else:
+            blocks = list(add_to.blocks)
         for k, matrix in enumerate(problem.coefficients):
             keep = retain_graph or k < len(problem) - 1
             seeds = problem.seeds(matrix)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from mogb.engines.per_sample.passes import Passes
@@ -67,7 +68,7 @@ def check_choice(name: str, given: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, but got {given!r}.")
 
 
-def matrix(basis: object) -> np.ndarray | None:
+def as_matrix(basis: object) -> np.ndarray | None:
     """An explicit basis as an array."""
     return basis.detach().to("cpu", torch.float64).numpy() if isinstance(basis, Tensor) else None
 

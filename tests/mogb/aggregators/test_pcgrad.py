@@ -31,6 +31,14 @@ def test_the_gramian_form_equals_the_surgery_on_gradients(label):
     assert_close(torch.from_numpy(weights) @ jacobian, surgery(jacobian, orders))
 
 
+def test_nobody_visits_itself():
+    # After its visits to the others, the third gradient is (0, 0) - (...): its product with itself is negative.
+    jacobian = torch.tensor([[0.0, -1.0], [2.0, -1.0], [-2.0, 3.0]], dtype=torch.float64)
+    rows = jacobian[2] - 3 * torch.tensor([0.0, 1.0]) + 4 / 5 * torch.tensor([2.0, -1.0])
+    assert rows @ jacobian[2] < 0
+    assert_close(PCGrad(order="index")(jacobian), surgery(jacobian, [range(3)] * 3))
+
+
 def test_two_objectives_by_hand():
     # g1 = (1, 0), g2 = (-1, 1): g1 - (-1/2) g2 = (1/2, 1/2), and g2 - (-1) g1 = (0, 1).
     assert_close(PCGrad()(torch.tensor([[1.0, 0.0], [-1.0, 1.0]])), torch.tensor([0.5, 1.5]))
