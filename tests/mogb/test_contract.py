@@ -125,6 +125,20 @@ def test_shapes_inside_are_as_annotated(method):
         solve(method, ZOO[label])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@every_method
+def test_a_gpu_gives_the_direction_of_the_cpu(method):
+    jacobian = random(4, 3000, conflict=0.5)
+    agg = VARIANTS[method]()
+    losses = losses_for(agg, 4)
+    direction = agg(jacobian.cuda(), None if losses is None else losses.cuda())
+    assert direction.is_cuda
+    assert direction.isfinite().all()
+    if agg.yields_weights:
+        assert_close(direction.cpu(), call(method, jacobian))
+
+
 class TestInputs:
     pytestmark = pytest.mark.usefixtures("unchecked")
 
