@@ -1,15 +1,12 @@
 """Two and four gloo processes against one process on the concatenated batch."""
 
 import os
-import pathlib
-import socket
-import tempfile
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import launch
 from torch import nn
 from torch.testing import assert_close
 
@@ -74,26 +71,6 @@ def wrapped(form):
         fully_shard(net[2])
         fully_shard(net)
     return net
-
-
-def start(rank, world, port, work, folder, args):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
-    try:
-        work(rank, world, pathlib.Path(folder), *args)
-    finally:
-        dist.destroy_process_group()
-
-
-def launch(world, work, *args):
-    """Runs ``work`` on every rank; what each saved as RANK.pt comes back."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(start, (world, port, work, folder, args), nprocs=world)
-        return [torch.load(pathlib.Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world)]
 
 
 def train(rank, world, folder, form, names):
@@ -228,12 +205,7 @@ def die(rank, world, folder):
 
 
 def test_a_dead_rank_is_a_clear_error_within_the_timeout():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(start, (2, port, die, folder, ()), nprocs=2)
-        seconds, message = torch.load(pathlib.Path(folder) / "0.pt", weights_only=True)
+    (seconds, message), _ = launch(2, die)
     assert seconds < 10
     assert "another rank died" in message
 

@@ -1,15 +1,11 @@
 """Per-sample balancing in two gloo processes, against one process on the concatenated batch."""
 
 import contextlib
-import os
-import pathlib
-import socket
-import tempfile
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import launch
 from torch import nn
 from torch.testing import assert_close
 
@@ -42,29 +38,18 @@ def model():
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
 
 
-def work(rank, port, folder, wrap):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=len(SIZES))
-    try:
-        net = nn.parallel.DistributedDataParallel(model()) if wrap else model()
-        mine = slice(sum(SIZES[:rank]), sum(SIZES[: rank + 1]))
-        found = step(net, mine, NAMES, num_samples=SIZES[rank])
-        with PerSample(net) as engine, pytest.raises(ValueError, match="needs one process"):
-            engine.backward(net(torch.ones(2, 4)).sum(1), torch.eye(2), mogb.make("mgda"), rows="drop")
-        torch.save(found, pathlib.Path(folder) / f"{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def work(rank, world, folder, wrap):
+    net = nn.parallel.DistributedDataParallel(model()) if wrap else model()
+    mine = slice(sum(SIZES[:rank]), sum(SIZES[: rank + 1]))
+    found = step(net, mine, NAMES, num_samples=SIZES[rank])
+    with PerSample(net) as engine, pytest.raises(ValueError, match="needs one process"):
+        engine.backward(net(torch.ones(2, 4)).sum(1), torch.eye(2), mogb.make("mgda"), rows="drop")
+    torch.save(found, folder / f"{rank}.pt")
 
 
 @pytest.mark.parametrize("wrap", [False, True])
 def test_two_processes_equal_one_on_the_whole_batch(wrap):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(work, (port, folder, wrap), nprocs=len(SIZES))
-        found = [torch.load(pathlib.Path(folder) / f"{rank}.pt") for rank in range(len(SIZES))]
+    found = launch(len(SIZES), work, wrap)
     alone = step(model(), slice(None), NAMES)
     for name in NAMES:
         for rank in range(len(SIZES)):
