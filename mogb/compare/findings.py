@@ -12,6 +12,7 @@ from mogb.problems import make_problem
 
 SAME_PLACE = 0.05  # of the extent of the Pareto set: end points closer than this are the same
 STANDS_STILL = 1e-6  # relative min-norm residual of a point that no method can leave
+UPHILL = -0.01  # mean cosine
 MANY = 5  # more names than this are counted instead
 SOMETIMES = 0.01  # share of steps
 
@@ -19,7 +20,7 @@ SOMETIMES = 0.01  # share of steps
 def findings(summary: Summary) -> list[str]:
     """The findings of a comparison, most general first."""
     found: list[str] = []
-    for part in (_ranks, _scaling, _stuck, _standing_still, _conflicts, _solvers, _failures, _missing):
+    for part in (_ranks, _scaling, _stuck, _standing_still, _uphill, _conflicts, _solvers, _failures, _missing):
         found += part(summary)
     return found
 
@@ -151,6 +152,16 @@ def _standing_still(summary: Summary) -> list[str]:
         f"objectives: {_names(methods)}."
         for name, methods in places.items()
     ]
+
+
+def _uphill(summary: Summary) -> list[str]:
+    found = []
+    for name in summary.problems:
+        rows = [row for row in summary.rows if row["problem"] == name and (row["cosine_mean"] or 0.0) < UPHILL]
+        if rows:
+            methods = [f"{row['method']} ({row['cosine_mean']:+.2f})" for row in rows]
+            found.append(f"On {name}, the directions of {_names(methods)} point uphill on average (mean cosine).")
+    return found
 
 
 def _conflicts(summary: Summary) -> list[str]:

@@ -30,6 +30,8 @@ def draw_paths(summary: Summary, name: str, folder: Path) -> list[Picture]:
     pictures = []
     if problem.plot_window.x is not None:
         pictures.append(_in_parameter_space(summary, problem, records, folder))
+    if not _any_in_sight(problem, records):
+        return pictures
     if problem.num_objectives == 2:
         pictures.append(_in_objective_space(summary, problem, records, folder))
     elif problem.num_objectives == 3:
@@ -40,6 +42,15 @@ def draw_paths(summary: Summary, name: str, folder: Path) -> list[Picture]:
 def _drawable(summary: Summary, name: str, method: str) -> Record | None:
     record = summary.records.get(f"{name}/0/{method}")
     return record if record is not None and record.get("trajectory") else None
+
+
+def _any_in_sight(problem: Problem, records: list[Record | None]) -> bool:
+    """Whether any path comes into the window of the losses: on hard problems, all may stay far above the front."""
+    window = problem.plot_window
+    assert window is not None
+    paths = [np.array(record["trajectory"]["losses"], dtype=float) for record in records if record is not None]
+    high = np.array([limit[1] for limit in window.losses])
+    return any(bool((path[..., : len(high)] <= high).all(-1).any()) for path in paths)
 
 
 def _in_parameter_space(summary: Summary, problem: Problem, records: list[Record | None], folder: Path) -> Picture:

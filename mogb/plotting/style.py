@@ -151,6 +151,7 @@ def few_ticks(axis: "Axes") -> None:
     """Numbers that do not run into those of the neighbouring panel."""
     from matplotlib.ticker import MaxNLocator
 
+    axis.ticklabel_format(axis="x", style="plain")
     axis.xaxis.set_major_locator(MaxNLocator(5, prune="both"))
     axis.yaxis.set_major_locator(MaxNLocator(6))
 
