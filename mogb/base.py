@@ -304,7 +304,7 @@ class Aggregator(ABC):
         with self.undone_on_failure():
             solution = self._checked(gramian, losses if losses is not None else np.ones(len(jacobian)))
             direction = jacobian.combine(solution.weights)
-            if not all_finite(direction):
+            if not jacobian.is_finite(direction):
                 raise NonFiniteError("direction" if (i := jacobian.first_non_finite()) is None else "gradient", i)
         return direction, gramian, solution
 

@@ -48,6 +48,12 @@ class Across(Protocol):
     def agree(self, gramian: Float64[np.ndarray, "K K"]) -> Float64[np.ndarray, "K K"]:
         """The same bits on every process."""
 
+    def whole(self, direction: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """A weighted sum of the rows in the form in which the parameters take it."""
+
+    def all(self, flag: bool) -> bool:
+        """Whether the flag is up on every process, asked about what :meth:`whole` gave."""
+
 
 @dataclass(frozen=True, eq=False)
 class Jacobian:
@@ -89,7 +95,13 @@ class Jacobian:
 
     def combine(self, weights: Float64[np.ndarray, " K"]) -> tuple[Tensor, ...]:
         """The weighted sum of the rows, one tensor ``[*shape]`` per block."""
-        return tuple(_weighted_sum(block, weights) for block in self.blocks)
+        direction = tuple(_weighted_sum(block, weights) for block in self.blocks)
+        return direction if self.across is None else self.across.whole(direction)
+
+    def is_finite(self, direction: Sequence[Tensor]) -> bool:
+        """Whether a direction is finite, on every process that holds a part of it."""
+        fine = all_finite(direction)
+        return fine if self.across is None else self.across.all(fine)
 
     def products(self, direction: Sequence[Tensor]) -> Float64[np.ndarray, " K"]:
         """The inner product of every row with a direction given block by block."""

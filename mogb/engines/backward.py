@@ -17,10 +17,20 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from mogb.base import Aggregator, JacobianAggregator, Solution, needs_losses
-from mogb.engines.distributed import GroupChoice, Ranks, SharedRows, find_ranks, is_sharded, local_part, sharded_like
+from mogb.engines.distributed import (
+    Exchange,
+    GroupChoice,
+    Ranks,
+    describe_step,
+    find_ranks,
+    is_sharded,
+    local_part,
+    sharded_like,
+)
 from mogb.engines.graph import reached_leaves, reaches
 from mogb.engines.losses import Losses, as_losses, as_parameters
 from mogb.engines.report import Report, make_report
+from mogb.engines.shards import mean_rows
 from mogb.errors import NonFiniteError
 from mogb.jacobian import Jacobian, all_finite
 
@@ -45,6 +55,7 @@ def backward(
     *,
     num_samples: int | float | None = None,
     process_group: GroupChoice = "default",
+    exchange: Exchange = "auto",
     retain_graph: bool = False,
 ) -> Report:
     """Differentiates K losses, combines the gradients, and adds the direction to every ``param.grad``.
@@ -64,6 +75,9 @@ def backward(
             is initialised, another group, or None to balance this process alone. Models may be plain, wrapped in
             ``DistributedDataParallel``, or sharded by ``fully_shard`` (pass the module or its parameters then: the
             graph does not show them). Every rank gets the same weights, to the bit.
+        exchange: How ranks average rows that all of them hold: ``"rows"`` (one bucketed all-reduce), ``"shards"``
+            (each rank keeps some columns of all rows, and the direction is gathered: (K+1) / 2K of the bytes, 1/W of
+            the memory), or ``"auto"``: shards from 2^20 numbers in the rows on, unless the method reads whole rows.
         retain_graph: Keep the graph for another backward pass.
 
     Raises:
@@ -85,7 +99,7 @@ def backward(
         raise TypeError(f"aggregator must be a method, such as mogb.make('mgda'), but got {aggregator!r}.")
     found = as_losses(losses)
     plan = make_plan(found, params)
-    ranks = find_ranks(process_group, num_samples)
+    ranks = find_ranks(process_group, num_samples, exchange, step=describe_step(len(found), plan.shared, aggregator))
     if ranks.alone and any(is_sharded(param) for param in plan.shared):
         raise ValueError(
             "process_group=None balances this process alone, but the parameters are sharded over several: leave "
@@ -187,7 +201,7 @@ def _balanced_backward(
             f"{aggregator.name!r} reads whole rows of the Jacobian, but the parameters are sharded: no rank has whole "
             "rows. Use a method that yields weights, or DistributedDataParallel."
         )
-    jacobian, own = _rows(losses, plan, ranks, retain_graph)
+    jacobian, own = _rows(losses, plan, ranks, retain_graph, whole=not aggregator.yields_weights)
     if not all_finite([grad for _, grad in own]):
         guilty = _first_bad(own, plan)
         raise NonFiniteError("gradient", guilty, losses.label(guilty))
@@ -213,7 +227,9 @@ def _balanced_backward(
     )
 
 
-def _rows(losses: Losses, plan: Plan, ranks: Ranks, retain_graph: bool) -> tuple[Jacobian, list[tuple[Tensor, Tensor]]]:
+def _rows(
+    losses: Losses, plan: Plan, ranks: Ranks, retain_graph: bool, *, whole: bool
+) -> tuple[Jacobian, list[tuple[Tensor, Tensor]]]:
     """K backward passes: the rows of the shared parameters, and the plain gradients of the others."""
     size = len(losses)
     blocks = [local_part(param.detach()).new_zeros((size, *local_part(param.detach()).shape)) for param in plan.shared]
@@ -225,9 +241,7 @@ def _rows(losses: Losses, plan: Plan, ranks: Ranks, retain_graph: bool) -> tuple
             if grad is not None:
                 block[k] = local_part(grad)
         own += _present(mine, grads[len(plan.shared) :])
-    ranks.average([block for block, param in zip(blocks, plan.shared, strict=True) if not is_sharded(param)])
-    own = _averaged(ranks, own)
-    return Jacobian(tuple(blocks), None if ranks.alone else SharedRows(ranks, plan.shared)), own
+    return mean_rows(ranks, plan.shared, blocks, whole=whole), _averaged(ranks, own)
 
 
 def _gradient(

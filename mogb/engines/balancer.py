@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mogb.base import Aggregator, Solution, StateValue
 from mogb.engines.backward import backward, checked_values, make_plan, weighted_backward
-from mogb.engines.distributed import GroupChoice, find_ranks
+from mogb.engines.distributed import Exchange, GroupChoice, describe_step, find_ranks
 from mogb.engines.losses import as_losses
 from mogb.engines.report import Report, make_report
 
@@ -27,6 +27,7 @@ class Balancer:
         params: As in :func:`mogb.backward`.
         refresh_every: Steps from one full balancing to the next, at least 1.
         process_group: As in :func:`mogb.backward`.
+        exchange: As in :func:`mogb.backward`.
 
     Attributes:
         step: Calls so far.
@@ -50,6 +51,7 @@ class Balancer:
         *,
         refresh_every: int = 1,
         process_group: GroupChoice = "default",
+        exchange: Exchange = "auto",
     ) -> None:
         if not isinstance(aggregator, Aggregator):
             raise TypeError(f"aggregator must be a method, such as mogb.make('mgda'), but got {aggregator!r}.")
@@ -64,6 +66,7 @@ class Balancer:
         self.params = params if params is None or isinstance(params, nn.Module) else tuple(params)
         self.refresh_every = refresh_every
         self.process_group = process_group
+        self.exchange = exchange
         self.step = 0
         self._solution: Solution | None = None
 
@@ -91,6 +94,7 @@ class Balancer:
                 self.aggregator,
                 num_samples=num_samples,
                 process_group=self.process_group,
+                exchange=self.exchange,
                 retain_graph=retain_graph,
             )
             self._solution = None if report.weights is None else _remembered(report)
@@ -143,9 +147,11 @@ class Balancer:
                 f"losses has {len(found)} objectives, but the weights of the last refresh are for "
                 f"{len(solution.weights)}: keep the number fixed, or use refresh_every=1."
             )
-        ranks = find_ranks(self.process_group, num_samples)
+        plan = make_plan(found, self.params)
+        step = (*describe_step(len(found), plan.shared, self.aggregator), f"reuse at step {self.step}")
+        ranks = find_ranks(self.process_group, num_samples, self.exchange, step=step)
         values = checked_values(found, ranks)
-        passes = weighted_backward(found, make_plan(found, self.params), solution, ranks, retain_graph=retain_graph)
+        passes = weighted_backward(found, plan, solution, ranks, retain_graph=retain_graph)
         return make_report(values, found.names, solution, None, passes, refreshed=False)
 
 

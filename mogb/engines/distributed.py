@@ -1,8 +1,8 @@
-r"""Gradients averaged over ranks *before* the Gramian. The only file that knows about ranks.
+r"""Gradients averaged over ranks *before* the Gramian. Only this file and ``shards.py`` know about ranks.
 
 The Gramian is quadratic: the mean of the ranks' Gramians is not the Gramian of the mean gradient. So the rows are
 averaged first, and only then multiplied. Replicated ones (plain or ``DistributedDataParallel``) are averaged by one
-bucketed all-reduce. Sharded ones (``fully_shard``, DTensor) arrive averaged already, one shard a rank: their partial
+bucketed all-reduce, or spread over the ranks where they are large (:mod:`mogb.engines.shards`). Sharded ones (``fully_shard``, DTensor) arrive averaged already, one shard a rank: their partial
 Gramians are summed over the shards, K × K numbers instead of K × N. Every rank then solves the same problem, to the
 bit: the Gramian is that of the group's first rank.
 
@@ -11,9 +11,10 @@ Ranks whose batches differ are weighted by their sample counts: rank r by :math:
 Shapes: K = objectives.
 """
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -24,7 +25,8 @@ from torch import Tensor
 from mogb.errors import DistributedError
 
 GroupChoice: TypeAlias = Any  # a torch.distributed.ProcessGroup, "default" or None
-BUCKET = 1 << 24  # numbers in one all-reduce
+Exchange: TypeAlias = Literal["auto", "rows", "shards"]
+BUCKET = 1 << 24  # numbers in one collective
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,31 +37,43 @@ class Ranks:
         group: Their process group; None when this process balances alone.
         share: What this rank's losses are multiplied with, so that a plain mean over ranks weights the ranks by their
             sample counts; 1 when all counts are equal.
+        exchange: How rows that every rank holds are averaged: all of them on every rank (``"rows"``), each rank some
+            of their columns (``"shards"``), or the better one for their size (``"auto"``).
     """
 
     group: Any
     share: float = 1.0
+    exchange: Exchange = "auto"
 
     @property
     def alone(self) -> bool:
         return self.group is None
 
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        return 1 if self.alone else dist.get_world_size(self.group)
+
+    def by_gloo(self, device: torch.device) -> bool:
+        """Whether tensors of this device travel by gloo, which knows few of the collectives, and on the CPU only."""
+        backends = dict(pair.split(":") for pair in dist.get_backend_config(self.group).split(","))
+        return backends.get(device.type, "gloo") == "gloo"
+
     def mean_losses(self, losses: Float64[np.ndarray, " K"]) -> Float64[np.ndarray, " K"]:
         """The loss values of the whole batch. NaN on one rank is NaN on all, so that all of them stop."""
         if self.alone:
             return losses
-        return self._reduced(losses * self.share) / dist.get_world_size(self.group)
+        return self.total(losses * self.share) / self.size
 
     def average(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The means of tensors over the ranks, in buckets. Contiguous tensors are overwritten."""
         if self.alone:
             return list(tensors)
         averaged = [tensor.contiguous() for tensor in tensors]
-        size = dist.get_world_size(self.group)
         for bucket in _buckets(averaged):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket]) if len(bucket) > 1 else bucket[0].reshape(-1)
-            _guarded(lambda flat=flat: dist.all_reduce(flat, group=self.group))
-            flat /= size
+            guarded(lambda flat=flat: dist.all_reduce(flat, group=self.group))
+            flat /= self.size
             offset = 0
             for tensor in bucket:
                 tensor.copy_(flat[offset : offset + tensor.numel()].view_as(tensor))
@@ -71,16 +85,17 @@ class Ranks:
         if self.alone:
             return gramian
         carrier = self._carrier(gramian)
-        _guarded(lambda: dist.broadcast(carrier, src=dist.get_global_rank(self.group, 0), group=self.group))
+        guarded(lambda: dist.broadcast(carrier, src=dist.get_global_rank(self.group, 0), group=self.group))
         return carrier.cpu().numpy()
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is up on any rank."""
-        return flag if self.alone else bool(self._reduced(np.array([float(flag)]))[0])
+        return flag if self.alone else bool(self.total(np.array([float(flag)]))[0])
 
-    def _reduced(self, values: np.ndarray) -> np.ndarray:
+    def total(self, values: np.ndarray) -> np.ndarray:
+        """The sum over the ranks."""
         carrier = self._carrier(values)
-        _guarded(lambda: dist.all_reduce(carrier, group=self.group))
+        guarded(lambda: dist.all_reduce(carrier, group=self.group))
         return carrier.cpu().numpy()
 
     def _carrier(self, values: np.ndarray) -> Tensor:
@@ -90,14 +105,29 @@ class Ranks:
         )
 
 
-def find_ranks(process_group: GroupChoice, num_samples: int | float | None) -> Ranks:
-    """The ranks that take part, from the two arguments of :func:`mogb.backward`.
+def find_ranks(
+    process_group: GroupChoice,
+    num_samples: int | float | None,
+    exchange: Exchange = "auto",
+    *,
+    step: Sequence[object] = (),
+) -> Ranks:
+    """The ranks that take part, from the arguments of :func:`mogb.backward`.
+
+    Args:
+        process_group: A group, ``"default"`` or None.
+        num_samples: Of this rank.
+        exchange: See :class:`Ranks`.
+        step: What all ranks must have in common, such as the number of losses and the method. It is compared.
 
     Raises:
-        ValueError: ``num_samples`` is negative or not finite, or no rank has a sample; an unknown group name.
+        ValueError: ``num_samples`` is negative or not finite, or no rank has a sample; an unknown group or exchange;
+            ranks that differ in what they are about to do.
     """
     if num_samples is not None and not (np.isfinite(num_samples) and num_samples >= 0):
         raise ValueError(f"num_samples must be this rank's number of samples, at least 0, but got {num_samples!r}.")
+    if exchange not in get_args(Exchange):
+        raise ValueError(f"exchange must be one of {', '.join(get_args(Exchange))}, but got {exchange!r}.")
     if isinstance(process_group, str):
         if process_group != "default":
             raise ValueError(
@@ -106,10 +136,16 @@ def find_ranks(process_group: GroupChoice, num_samples: int | float | None) -> R
         process_group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
     if process_group is None or dist.get_world_size(process_group) == 1:
         return Ranks(None)
-    ranks = Ranks(process_group)
-    known = num_samples is not None
-    total, answers = ranks._reduced(np.array([float(num_samples or 0.0), float(known)]))
-    size = dist.get_world_size(process_group)
+    ranks = Ranks(process_group, exchange=exchange)
+    size, known = ranks.size, num_samples is not None
+    mark = float(zlib.crc32(repr((exchange, *step)).encode()) & 0xFFFFF)  # its square is exact in float64
+    total, answers, marks, squares = ranks.total(np.array([float(num_samples or 0.0), float(known), mark, mark * mark]))
+    if marks * marks != size * squares:  # equal on all ranks, or the squares would add up to more
+        raise ValueError(
+            "The ranks are about to do different things, and would wait for each other: all of them must pass the same "
+            "number of losses, the same parameters, the same method with the same options and seed, and the same "
+            f"exchange. This rank: {', '.join(map(str, (*step, f'exchange={exchange!r}')))}."
+        )
     if answers not in (0, size):
         raise ValueError(
             f"num_samples was given on {int(answers)} of {size} ranks: give it on all of them, or on none."
@@ -119,7 +155,13 @@ def find_ranks(process_group: GroupChoice, num_samples: int | float | None) -> R
     if total == 0:
         raise ValueError("num_samples is 0 on every rank: there is nothing to balance.")
     assert num_samples is not None
-    return Ranks(process_group, float(num_samples) * size / total)
+    return Ranks(process_group, float(num_samples) * size / total, exchange)
+
+
+def describe_step(losses: int, params: Sequence[Tensor], aggregator: object) -> tuple[str, ...]:
+    """What all ranks must have in common, in words, for :func:`find_ranks`."""
+    shapes = zlib.crc32(repr([tuple(param.shape) for param in params]).encode())
+    return (f"{losses} losses", f"{len(params)} balanced parameters (shapes {shapes:08x})", repr(aggregator))
 
 
 def is_sharded(param: Tensor) -> bool:
@@ -168,11 +210,17 @@ class SharedRows:
         sample = next(param for param in self.params if is_sharded(param))
         carrier = torch.from_numpy(part.copy()).to(local_part(sample.detach()).device)
         for group in _shard_groups(sample):
-            _guarded(lambda group=group: dist.all_reduce(carrier, group=group))
+            guarded(lambda group=group: dist.all_reduce(carrier, group=group))
         return carrier.cpu().numpy()
 
     def agree(self, gramian: Float64[np.ndarray, "K K"]) -> Float64[np.ndarray, "K K"]:
         return self.ranks.agree(gramian)
+
+    def whole(self, direction: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(direction)  # shards of parameters take shards of the direction
+
+    def all(self, flag: bool) -> bool:
+        return not self.ranks.any(not flag) if any(self.sharded) else flag
 
 
 def _layout(param: Any) -> tuple[Any, ...]:
@@ -196,7 +244,7 @@ def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     return buckets
 
 
-def _guarded(collective: Callable[[], object]) -> None:
+def guarded(collective: Callable[[], object]) -> None:
     try:
         collective()
     except RuntimeError as error:

@@ -12,8 +12,9 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from mogb.base import Aggregator, JacobianAggregator, Solution, needs_losses
-from mogb.engines.distributed import Ranks, SharedRows
+from mogb.engines.distributed import Ranks
 from mogb.engines.report import Report, make_report
+from mogb.engines.shards import mean_rows
 from mogb.errors import NonFiniteError
 from mogb.jacobian import Jacobian, all_finite
 
@@ -84,8 +85,7 @@ def _from_rows(
 ) -> Report:
     jacobian = means.rows()
     if not ranks.alone:
-        ranks.average(jacobian.blocks)
-        jacobian = Jacobian(jacobian.blocks, SharedRows(ranks, means.params))
+        jacobian = mean_rows(ranks, means.params, list(jacobian.blocks), whole=not aggregator.yields_weights)
     direction, gramian, solution = aggregator.direct(jacobian, seen)
     _add(zip(means.params, direction, strict=True))
     plain = direction if isinstance(aggregator, JacobianAggregator) else None
