@@ -12,6 +12,8 @@ from jaxtyping import Float, Float64
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from mogb.engines.distributed import parameters_of
+
 
 @dataclass(frozen=True, eq=False)
 class Losses:
@@ -46,13 +48,15 @@ class Losses:
         return f"losses[{index}]" if self.names is None else f"losses[{self.names[index]!r}]"
 
 
-def as_losses(losses: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> Losses:
-    """Accepts a tensor ``[K]``, a sequence of K scalars, or a mapping from names to scalars.
+def as_losses(losses: Losses | Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> Losses:
+    """Accepts a tensor ``[K]``, a sequence of K scalars, or a mapping from names to scalars; and what it returned.
 
     Raises:
         TypeError: Something else, complex numbers or integers.
         ValueError: No loss, a loss that is no scalar, or one that carries no graph.
     """
+    if isinstance(losses, Losses):
+        return losses
     if isinstance(losses, Tensor):
         if losses.ndim != 1:
             raise ValueError(
@@ -84,7 +88,7 @@ def as_parameters(params: nn.Module | Iterable[Tensor]) -> tuple[Tensor, ...]:
     """
     if isinstance(params, Tensor):
         raise TypeError("params must be a collection of tensors, but got one tensor: write [tensor].")
-    candidates = params.parameters() if isinstance(params, nn.Module) else params
+    candidates = parameters_of(params) if isinstance(params, nn.Module) else params
     chosen: dict[int, Tensor] = {}
     total = 0
     for index, param in enumerate(candidates):
