@@ -1,0 +1,108 @@
+import json
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from mogb_diffusion import config
+from mogb_diffusion.config import Sampling
+from mogb_diffusion.errors import InputError
+from mogb_diffusion.models import tiny
+from mogb_diffusion.models.sd3 import SD3Model, find_device, load_model
+from mogb_diffusion.prompts import Prompt
+from mogb_diffusion.rollouts import draw
+
+TEXTS = ["a photo of a red square", 'a sign that says "A"']
+
+
+def generator():
+    return torch.Generator().manual_seed(3)
+
+
+def wake(pipeline):
+    """Gives the last layer weights: a fresh model answers 0 everywhere."""
+    with torch.no_grad():
+        for param in pipeline.transformer.parameters():
+            if param.ndim >= 2 and float(param.abs().max()) == 0:
+                param.normal_(std=0.1, generator=generator())
+    return pipeline
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_sampling_agrees_with_the_pipeline_itself(guidance):
+    pipeline = wake(tiny.build(0))
+    noise = torch.randn(2, 3, 16, 16, generator=generator())
+    expected = pipeline(
+        TEXTS, num_inference_steps=4, guidance_scale=guidance, latents=noise.clone(), output_type="pt",
+        max_sequence_length=1,
+    ).images  # fmt: skip
+    model = SD3Model(pipeline, max_sequence_length=1)
+    latents = draw(model, [Prompt(text) for text in TEXTS], noise, Sampling(steps=4, guidance=guidance))
+    assert_close(model.decode(latents), expected, rtol=0, atol=2e-5)
+    assert float(expected.std()) > 0.05
+
+
+def test_float64_is_float64_throughout():
+    model = SD3Model(wake(tiny.build(0)), dtype=torch.float64, max_sequence_length=1)
+    wide = model.encode(TEXTS)
+    latents = torch.randn(2, 3, 16, 16, generator=generator(), dtype=torch.float64).requires_grad_()
+    # A float32 anywhere on the way would show at 1e-7 in a difference quotient of this step.
+    direction = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    [slope] = torch.autograd.grad(model.velocity(latents, 0.5, wide).square().sum(), latents)
+    step = 1e-5
+    with torch.no_grad():
+        ahead = model.velocity(latents + step * direction, 0.5, wide).square().sum()
+        behind = model.velocity(latents - step * direction, 0.5, wide).square().sum()
+    assert_close((ahead - behind) / (2 * step), (slope * direction).sum(), rtol=1e-7, atol=0)
+
+
+def test_prompts_are_encoded_once():
+    model = SD3Model(tiny.build(0), max_sequence_length=1)
+    calls = []
+    inner = model.pipeline.encode_prompt
+    model.pipeline.encode_prompt = lambda **kwargs: calls.append(kwargs["prompt"]) or inner(**kwargs)
+    first = model.encode([TEXTS[0], TEXTS[1], TEXTS[0]])
+    again = model.encode([TEXTS[0]])
+    assert calls == [TEXTS]
+    assert torch.equal(first.tokens[2:], again.tokens)
+    model.forget()
+    model.encode([TEXTS[1]])
+    assert calls == [TEXTS, [TEXTS[1]]]
+
+
+def test_a_saved_pipeline_without_t5_loads_by_its_folder(tmp_path):
+    wake(tiny.build(1)).save_pretrained(tmp_path)
+    model = load_model(config.Model(source=str(tmp_path)), torch.device("cpu"))
+    noise = torch.randn(1, 3, 16, 16, generator=generator())
+    other = SD3Model(wake(tiny.build(1)), max_sequence_length=1)
+    how = Sampling(steps=2)
+    assert model.max_sequence_length == 1
+    assert_close(
+        draw(model, [Prompt(TEXTS[0])], noise, how), draw(other, [Prompt(TEXTS[0])], noise, how), rtol=0, atol=1e-5
+    )
+
+
+def test_what_cannot_be_loaded_is_one_line(tmp_path):
+    with pytest.raises(InputError, match=r"model.source: .* is no pipeline"):
+        load_model(config.Model(source=str(tmp_path)), torch.device("cpu"))
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusion3Pipeline"}))
+    with pytest.raises(InputError, match=r"model\.source") as caught:
+        load_model(config.Model(source=str(tmp_path)), torch.device("cpu"))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="multiple of 2"):
+        load_model(config.Model(source="tiny-random", resolution=15), torch.device("cpu"))
+    with pytest.raises(InputError, match=r"model\.device: 'tpu9' cannot be used here"):
+        find_device("tpu9")
+
+
+def test_bfloat16_stays_close_to_float32():
+    latents = torch.randn(2, 3, 16, 16, generator=generator())
+    answers = []
+    for dtype in ("float32", "bfloat16"):
+        model = load_model(config.Model(source="tiny-random", dtype=dtype), torch.device("cpu"))
+        wake(model.pipeline)
+        with torch.no_grad():
+            answers.append(model.velocity(latents, 0.3, model.encode(TEXTS)))
+    assert answers[1].dtype == torch.float32
+    error = (answers[1] - answers[0]).norm() / answers[0].norm()
+    assert 1e-5 < float(error) < 3e-2
