@@ -2,17 +2,19 @@ r"""Gradients averaged over ranks *before* the Gramian. Only this file and ``sha
 
 The Gramian is quadratic: the mean of the ranks' Gramians is not the Gramian of the mean gradient. So the rows are
 averaged first, and only then multiplied. Replicated ones (plain or ``DistributedDataParallel``) are averaged by one
-bucketed all-reduce, or spread over the ranks where they are large (:mod:`mogb.engines.shards`). Sharded ones (``fully_shard``, DTensor) arrive averaged already, one shard a rank: their partial
-Gramians are summed over the shards, K × K numbers instead of K × N. Every rank then solves the same problem, to the
-bit: the Gramian is that of the group's first rank.
+bucketed all-reduce, or spread over the ranks where they are large (:mod:`mogb.engines.shards`). Sharded ones
+(``fully_shard``, DTensor) arrive averaged already, one shard a rank: their partial Gramians are summed over the shards,
+K × K numbers instead of K × N. Every rank then solves the same problem, to the bit: the Gramian is that of the group's
+first rank.
 
 Ranks whose batches differ are weighted by their sample counts: rank r by :math:`n_r / \sum_s n_s`.
 
 Shapes: K = objectives.
 """
 
+import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -20,7 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from jaxtyping import Float64
-from torch import Tensor
+from torch import Tensor, nn
 
 from mogb.errors import DistributedError
 
@@ -164,6 +166,54 @@ def describe_step(losses: int, params: Sequence[Tensor], aggregator: object) -> 
     return (f"{losses} losses", f"{len(params)} balanced parameters (shapes {shapes:08x})", repr(aggregator))
 
 
+def parameters_of(module: nn.Module) -> Iterator[Tensor]:
+    """The parameters that an optimizer updates: of modules sharded by ``fully_shard``, always the shards.
+
+    After a forward pass such a module may hold the gathered parameters instead (its root does, until the backward
+    pass); they are given back, and gathered again when they are needed.
+    """
+    if _may_be_sharded():
+        from torch.distributed.fsdp import FSDPModule
+
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
+    yield from module.parameters()
+
+
+def refuse_gathered(leaves: Iterable[Tensor]) -> None:
+    """Refuses what ``fully_shard`` gathered for a while: no optimizer ever sees the gradients of such parameters.
+
+    Raises:
+        ValueError: One of the leaves is such a parameter.
+    """
+    if not _may_be_sharded():
+        return
+    gathered = {id(param) for param in _gathered()}
+    for leaf in leaves:
+        if id(leaf) in gathered:
+            raise ValueError(
+                f"A parameter of shape {list(leaf.shape)} was gathered by fully_shard for this step: its gradient "
+                "belongs to the shards. Pass the module as params, or its parameters from before the forward pass."
+            )
+
+
+def _may_be_sharded() -> bool:
+    return "torch.distributed.fsdp" in sys.modules and dist.is_available() and dist.is_initialized()
+
+
+def _gathered() -> Iterator[Tensor]:
+    """What PyTorch alone knows, and tells nobody: so nothing is known where its names change."""
+    states = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", {})
+    for reference in list(states.values()):
+        state = reference() if callable(reference) else reference
+        group = getattr(state, "_fsdp_param_group", None)
+        for found in getattr(state, "_fsdp_param_groups", None) or ([group] if group else []):
+            for param in getattr(found, "fsdp_params", ()):
+                if (tensor := getattr(param, "_unsharded_param", None)) is not None:
+                    yield tensor
+
+
 def is_sharded(param: Tensor) -> bool:
     """Whether a parameter is a DTensor with a shard on every rank."""
     return hasattr(param, "placements") and any(placement.is_shard() for placement in param.placements)
@@ -245,6 +295,11 @@ def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
 
 
 def guarded(collective: Callable[[], object]) -> None:
+    """Runs a collective.
+
+    Raises:
+        DistributedError: It failed.
+    """
     try:
         collective()
     except RuntimeError as error:

@@ -16,6 +16,7 @@ Shapes: K = objectives, N = numbers in one gradient, W = ranks.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,12 @@ from mogb.jacobian import Jacobian
 
 # From this many numbers in the rows on, shards are worth a second collective.
 SHARD_FROM = 1 << 20
+
+# As PyTorch calls them from 2.13 on, where the older names warn.
+_all_gather_single: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+_reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", None) or getattr(
+    dist, "reduce_scatter_tensor", None
+)
 
 
 @dataclass(frozen=True)
@@ -175,7 +182,7 @@ def _reduce_scatter(rows: Tensor, ranks: Ranks) -> Tensor:
     parts = rows.view(len(rows), ranks.size, -1).transpose(0, 1).contiguous()  # [W, K, n / W]
     if not ranks.by_gloo(rows.device):
         mine = torch.empty_like(parts[0])
-        guarded(lambda: dist.reduce_scatter_tensor(mine, parts.flatten(0, 1), group=ranks.group))
+        guarded(lambda: _reduce_scatter_single(mine, parts.flatten(0, 1), group=ranks.group))
         return mine / ranks.size
     sent = parts.cpu()  # gloo's reduce_scatter sends as much as an all-reduce
     received = torch.empty_like(sent)
@@ -188,5 +195,5 @@ def _all_gather(part: Tensor, ranks: Ranks) -> Tensor:
     """The columns of all ranks, ``[n / W] -> [n]``."""
     sent = part.cpu() if ranks.by_gloo(part.device) else part
     columns = sent.new_empty(len(part) * ranks.size)
-    guarded(lambda: dist.all_gather_into_tensor(columns, sent, group=ranks.group))
+    guarded(lambda: _all_gather_single(columns, sent, group=ranks.group))
     return columns.to(part.device)
