@@ -5,7 +5,7 @@ encoders, ``FlowMatchEulerDiscreteScheduler``, an autoencoder. Three of them are
 
 - The text encoders are random and stay so. Their embeddings are of unit size: with CLIP's own initialization (0.02)
   the words are nearly the same.
-- The autoencoder does nothing: latents are pixels, :math:`z = (x - 0.6) / 0.5` of :math:`x \in [-1, 1]`, so that they
+- The autoencoder does nothing: latents are pixels, :math:`z = (x - 0.8) / 0.4` of :math:`x \in [-1, 1]`, so that they
   have about the mean and variance of the noise. It is an ``AutoencoderTiny`` without blocks, whose few convolutions
   are set by hand; its tanh and ReLU are kept where they are linear (largest error 1e-4 in float32).
 - There is no T5. The pipeline puts ``max_sequence_length`` zero tokens in its place, 256 unless told otherwise, which
@@ -16,6 +16,8 @@ Saved with ``save_pretrained``, it is loaded with
 named. It warns that the autoencoder is none of the usual class, which is harmless.
 """
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,9 +40,11 @@ except ImportError as error:
 IMAGE_SIZE = 16
 MAX_SEQUENCE_LENGTH = 1  # zero tokens in the place of T5
 TEXT_LENGTH = 16  # tokens of CLIP
-LATENT_MEAN, LATENT_SPREAD = 0.6, 0.5  # of pixels in [-1, 1]
+WEIGHTS = Path(__file__).with_name("tiny_weights") / "base.safetensors"
+LATENT_MEAN, LATENT_SPREAD = 0.8, 0.4  # of pixels in [-1, 1]
 
 _PAD, _BOS, _UNKNOWN, _EOS = _SPECIAL = ("<pad>", "<bos>", "<unknown>", "<eos>")  # <eos> must not be 2: see _encoder
+_LEARNED = ("transformer", "text_encoder", "text_encoder_2")
 _TEXT_WIDTH = 32  # of each text encoder
 _VAE_SCALE = 100.0  # shrinks the latents within the autoencoder to where tanh is linear
 _VAE_BIAS = 2.0  # lifts the pixels above the kink of ReLU
@@ -50,7 +54,7 @@ def build(seed: int = 0) -> StableDiffusion3Pipeline:
     """The pipeline with random weights, the same for the same seed. Those of the text encoders fit in float16."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipeline = StableDiffusion3Pipeline(
+        pipeline: Any = StableDiffusion3Pipeline(
             transformer=_transformer(),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
             vae=_identity_autoencoder(),
@@ -135,7 +139,7 @@ def _text_encoder() -> CLIPTextModelWithProjection:
 
 @torch.no_grad()
 def _identity_autoencoder() -> AutoencoderTiny:
-    vae = AutoencoderTiny(
+    vae: Any = AutoencoderTiny(
         encoder_block_out_channels=(3,),
         decoder_block_out_channels=(3,),
         num_encoder_blocks=(0,),
@@ -154,11 +158,53 @@ def _identity_autoencoder() -> AutoencoderTiny:
     return vae
 
 
-def _set_pointwise(layer: nn.Conv2d, weight: float, bias: float) -> None:
+def _set_pointwise(layer: Any, weight: float, bias: float) -> None:
     layer.weight.zero_()
     for channel in range(3):
         layer.weight[channel, channel, 1, 1] = weight
     layer.bias.fill_(bias)
+
+
+def save_weights(
+    pipeline: StableDiffusion3Pipeline, path: str | Path, *, transformer: Mapping[str, Tensor] | None = None
+) -> None:
+    """Writes what differs between two of these pipelines, in float16: the transformer and the text encoders.
+
+    Args:
+        pipeline: A pipeline of :func:`build`.
+        path: A ``.safetensors`` file.
+        transformer: Other parameters to write than those of the pipeline, such as an average of them.
+    """
+    from safetensors.torch import save_file
+
+    parts = {name: dict(getattr(pipeline, name).named_parameters()) for name in _LEARNED}
+    if transformer is not None:
+        parts["transformer"] = dict(transformer)
+    tensors = {
+        f"{part}.{name}": value.detach().half().contiguous() for part in _LEARNED for name, value in parts[part].items()
+    }
+    save_file(tensors, str(path))
+
+
+def load(path: str | Path | None = None) -> StableDiffusion3Pipeline:
+    """The pre-trained base model, in float32.
+
+    Args:
+        path: A file of :func:`save_weights`; None: the base that comes with the package.
+    """
+    from safetensors.torch import load_file
+
+    saved = load_file(str(WEIGHTS if path is None else path))
+    pipeline = build()
+    with torch.no_grad():
+        for part in _LEARNED:
+            parameters = dict(getattr(pipeline, part).named_parameters())
+            names = {name.removeprefix(f"{part}.") for name in saved if name.startswith(f"{part}.")}
+            if names != set(parameters):
+                raise ValueError(f"{path} does not hold the weights of this model: {part} has other parameters.")
+            for name, parameter in parameters.items():
+                parameter.copy_(saved[f"{part}.{name}"])
+    return pipeline
 
 
 def to_latents(images: Tensor) -> Tensor:
