@@ -20,6 +20,7 @@ LAYERS = {
         ("torch", "numpy", "scipy", "jaxtyping"),
     ),
     "mogb.engines": (("mogb.base", "mogb.errors", "mogb.jacobian"), ("torch", "numpy", "jaxtyping")),
+    "mogb.noise": (("mogb.base", "mogb.engines", "mogb.jacobian"), ("torch", "numpy", "jaxtyping")),
     "mogb.problems": ((), ("torch", "numpy", "jaxtyping")),
     "mogb.metrics": (("mogb.solvers",), ("torch", "numpy", "scipy", "jaxtyping", "moocore")),
     "mogb.specs": (("mogb.base", "mogb.aggregators", "mogb.wrappers"), ()),
