@@ -382,7 +382,7 @@ class Aggregator(ABC):
 
     def _gramian(self, jacobian: Jacobian) -> Float64[np.ndarray, "K K"]:
         gramian = jacobian.gramian()
-        if not np.isfinite(gramian).all():  # NaN and Inf in a row reach its squared norm
+        if not math.isfinite(gramian.trace()):  # NaN and Inf in a row reach its squared norm
             if jacobian.across is None and jacobian.first_non_finite() is None:
                 raise NonFiniteError("direction", None)  # the squares of finite numbers overflowed
             raise NonFiniteError("gradient", int(np.argmin(np.isfinite(gramian.diagonal()))))

@@ -14,20 +14,22 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float32, Float64
+from scipy.linalg.lapack import dpotrf
 from torch import Tensor
 
-# Columns that are converted and multiplied at once, so that the work stays in the cache: for inner products of few
-# rows, for matrix products, and on an accelerator. Float32 sums are short (SHORT terms in matrix products), and added
-# up in float64: one long float32 sum over a million columns loses up to five digits.
-CHUNK = 1 << 13
-CHUNK_MANY_ROWS = 1 << 16
-CHUNK_CUDA = 1 << 22
-SHORT = 1 << 10
-# Below this many numbers, float32 rows are multiplied in float64: it costs microseconds.
-SMALL = 1 << 17
-# Up to this many rows, single inner products beat a matrix product.
-FEW_ROWS = 8
+# Numbers that are converted or multiplied at once, so that the work stays in the cache, and on an accelerator.
+CHUNK = 1 << 22
+CHUNK_WIDE = 1 << 19
+CHUNK_CUDA = 1 << 24
+# Float32 sums are short and added up in float64, as one long float32 sum over a million columns loses up to five
+# digits. Columns of one sum: in a matrix product of few columns, in a batch of them, and in the single inner products
+# that beat both for few long rows.
+SHORT, SHORT_IN_BATCH, SHORT_ALONE = 1 << 12, 1 << 10, 1 << 15
+MANY_COLUMNS = 1 << 14
+FEW_ROWS = 5
+# Up to this many numbers, float32 rows are multiplied in float64: it costs microseconds.
+SMALL = 1 << 16
 # Squared norms outside of this range may have lost digits to underflow or overflow in float32.
 SAFE_SQUARES = (1e-25, 1e30)
 # Unit-diagonal Gramians with a smaller eigenvalue than this are formed again in float64.
@@ -88,7 +90,8 @@ class Jacobian:
         """
         spread = self.across is not None and any(self.across.sharded)  # then sizes differ, but decisions may not
         wide = not spread and sum(block.numel() for block in self.blocks) <= SMALL
-        gramian = self._accumulate(wide)
+        with np.errstate(over="ignore", invalid="ignore"):  # such numbers are looked for below
+            gramian = self._accumulate(wide)
         if not wide and self.blocks[0].dtype != torch.float64 and _is_delicate(gramian):
             gramian = self._accumulate(wide=True)
         return gramian
@@ -122,6 +125,8 @@ class Jacobian:
         return None
 
     def _accumulate(self, wide: bool) -> Float64[np.ndarray, "K K"]:
+        if self.across is None and len(self.blocks) == 1:
+            return _block_gramian(_rows(self.blocks[0]), wide)
         sharded = self.across.sharded if self.across is not None else [False] * len(self.blocks)
         whole, parts = np.zeros((len(self), len(self))), np.zeros((len(self), len(self)))
         for block, is_part in zip(self.blocks, sharded, strict=True):
@@ -132,15 +137,27 @@ class Jacobian:
 
 
 def all_finite(direction: Sequence[Tensor]) -> bool:
-    """Whether a direction is finite. One pass, and a second one only where a sum overflowed."""
-    return all(math.isfinite(part.sum().item()) or bool(torch.isfinite(part).all()) for part in direction)
+    """Whether a direction is finite. One pass, and a second one only where its squared norm overflowed."""
+    return all(math.isfinite(_squared_norm(part)) or bool(torch.isfinite(part).all()) for part in direction)
+
+
+def _squared_norm(part: Tensor) -> float:
+    """Of one tensor; no pass is cheaper, and NaN and Inf come through. Halves would overflow: they are summed up."""
+    if part.dtype not in (torch.float32, torch.float64):
+        return part.sum(dtype=torch.float32).item()
+    flat = part.reshape(-1)
+    return flat.dot(flat).item()
 
 
 def _rows(block: Tensor) -> Tensor:
     return block if block.ndim == 2 else block.reshape(len(block), block.numel() // len(block))
 
 
-def _slices(rows: Tensor, width: int) -> tuple[Tensor, ...]:
+def _slices(rows: Tensor, numbers: int) -> tuple[Tensor, ...]:
+    return _split(rows, max(1, numbers // len(rows)))
+
+
+def _split(rows: Tensor, width: int) -> tuple[Tensor, ...]:
     return rows.split(width, dim=1) if rows.shape[1] > width else (rows,)
 
 
@@ -149,50 +166,59 @@ def _block_gramian(rows: Tensor, wide: bool) -> Float64[np.ndarray, "K K"]:
     if rows.is_cuda:
         parts = [part.double() for part in _slices(rows, CHUNK_CUDA)]
         return torch.stack([part @ part.mT for part in parts]).sum(0).cpu().numpy()
-    few = len(rows) <= FEW_ROWS
-    gramian = np.zeros((len(rows), len(rows)))
-    with np.errstate(over="ignore", invalid="ignore"):  # the caller looks at the result, and repeats it in float64
-        for slice_ in _slices(rows, CHUNK if few else CHUNK_MANY_ROWS):
-            part = slice_.cpu()  # other accelerators may lack float64
-            exact = part.double() if wide else part.to(torch.promote_types(part.dtype, torch.float32))
-            gramian += _inner_products(exact.numpy()) if few else _short_products(exact).numpy()
-    return gramian
+    products: list[np.ndarray] = []
+    if wide or rows.dtype == torch.float64:
+        for part in _slices(rows, CHUNK_WIDE):
+            exact = part.cpu().double()  # other accelerators may lack float64
+            products.append((exact @ exact.mT).numpy())
+    else:
+        for part in _slices(rows, CHUNK):
+            products += _short_products(part.cpu().float())
+    return products[0].astype(float, copy=False) if len(products) == 1 else np.sum(products, 0, dtype=float)
 
 
-def _inner_products(rows: np.ndarray) -> Float64[np.ndarray, "K K"]:
-    gramian = np.empty((len(rows), len(rows)))
+def _short_products(rows: Float32[Tensor, "K n"]) -> list[np.ndarray]:
+    """Parts of ``rows @ rows.T``, none of which is a long sum in float32."""
+    if rows.shape[1] <= MANY_COLUMNS:
+        return [(part @ part.mT).numpy() for part in _split(rows, SHORT)]
+    if len(rows) <= FEW_ROWS:
+        return [_inner_products(part.numpy()) for part in _split(rows, SHORT_ALONE)]
+    whole = rows.shape[1] // SHORT_IN_BATCH * SHORT_IN_BATCH
+    pieces = rows[:, :whole].unflatten(1, (-1, SHORT_IN_BATCH)).transpose(0, 1)
+    rest = rows[:, whole:]
+    return [torch.bmm(pieces, pieces.mT).sum(0, dtype=torch.float64).numpy(), (rest @ rest.mT).numpy()]
+
+
+def _inner_products(rows: Float32[np.ndarray, "K n"]) -> Float32[np.ndarray, "K K"]:
+    products = np.empty((len(rows), len(rows)), rows.dtype)
     for i, row in enumerate(rows):
         for j in range(i, len(rows)):
-            gramian[i, j] = gramian[j, i] = row.dot(rows[j])
-    return gramian
-
-
-def _short_products(rows: Tensor) -> Tensor:
-    """``rows @ rows.T``, as a float64 sum of products over few columns each."""
-    whole = rows.shape[1] // SHORT * SHORT
-    pieces = rows[:, :whole].unflatten(1, (-1, SHORT)).transpose(0, 1) if whole else None
-    rest = rows[:, whole:]
-    total = (rest @ rest.mT).double()
-    return total if pieces is None else total + torch.bmm(pieces, pieces.mT).sum(0, dtype=torch.float64)
+            products[i, j] = products[j, i] = row.dot(rows[j])
+    return products
 
 
 def _weighted_sum(block: Tensor, weights: Float64[np.ndarray, " K"]) -> Tensor:
     if block.dtype in (torch.float16, torch.bfloat16):
         return _weighted_sum_of_halves(_rows(block), weights).reshape(block.shape[1:])
-    coefficients = torch.from_numpy(weights).to(block.device, block.dtype)
+    if block.dtype == torch.float32 and block.is_cpu:
+        coefficients = torch.from_numpy(weights.astype(np.float32))
+    else:
+        coefficients = torch.from_numpy(weights).to(block.device, block.dtype)
     return coefficients @ block if block.ndim == 2 else (coefficients @ _rows(block)).reshape(block.shape[1:])
 
 
 def _weighted_sum_of_halves(rows: Tensor, weights: Float64[np.ndarray, " K"]) -> Tensor:
     """In float32, slice by slice: weights on short rows may be larger than half precision can hold."""
     coefficients = torch.from_numpy(weights).to(rows.device, torch.float32)
-    width = CHUNK_MANY_ROWS if rows.is_cpu else CHUNK_CUDA
-    return torch.cat([(coefficients @ part.float()).to(rows.dtype) for part in _slices(rows, width)])
+    numbers = CHUNK_WIDE if rows.is_cpu else CHUNK_CUDA
+    return torch.cat([(coefficients @ part.float()).to(rows.dtype) for part in _slices(rows, numbers)])
 
 
 def _is_delicate(gramian: Float64[np.ndarray, "K K"]) -> bool:
     squares = gramian.diagonal()
-    if not np.isfinite(gramian).all() or squares.min() < SAFE_SQUARES[0] or squares.max() > SAFE_SQUARES[1]:
+    if not math.isfinite(squares.sum()) or squares.min() < SAFE_SQUARES[0] or squares.max() > SAFE_SQUARES[1]:
         return True
-    norms = np.sqrt(squares)
-    return bool(np.linalg.eigvalsh(gramian / np.outer(norms, norms))[0] < SAFE_EIGENVALUE)
+    scale = 1 / np.sqrt(squares)
+    unit = gramian * scale * scale[:, None]
+    unit.flat[:: len(unit) + 1] -= SAFE_EIGENVALUE
+    return bool(dpotrf(unit, lower=True, clean=False, overwrite_a=True)[1] != 0)  # no Cholesky factor

@@ -75,7 +75,7 @@ class GradDrop(JacobianAggregator, name="graddrop"):
     def _drop(self, rows: Float[Tensor, "K N"], leaks: Float64[np.ndarray, " K"]) -> Float[Tensor, " N"]:
         size, length = rows.shape
         luck = self._draw(length, rows.device)
-        width = max(1, CACHED // size) if rows.is_cpu else CHUNK_CUDA
+        width = max(1, CACHED // size) if rows.is_cpu else max(1, CHUNK_CUDA // size)
         direction = rows.new_empty(length)
         for start in range(0, length, width):
             part = slice(start, start + width)

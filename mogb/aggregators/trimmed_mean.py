@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mogb.base import JacobianAggregator, Promise, Reference
 from mogb.errors import NonFiniteError
-from mogb.jacobian import CHUNK_MANY_ROWS, Jacobian
+from mogb.jacobian import CHUNK_WIDE, Jacobian
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class TrimmedMean(JacobianAggregator, name="trimmed_mean"):
 
     def _trimmed(self, rows: Float[Tensor, "K N"], trim: int, jacobian: Jacobian) -> Float[Tensor, " N"]:
         parts = []
-        for part in rows.split(CHUNK_MANY_ROWS, dim=1):
+        for part in rows.split(max(1, CHUNK_WIDE // len(rows)), dim=1):
             ordered = part.sort(dim=0).values
             if not (torch.isfinite(ordered[0]).all() and torch.isfinite(ordered[-1]).all()):  # NaN comes last
                 raise NonFiniteError("gradient", jacobian.first_non_finite())

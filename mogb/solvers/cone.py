@@ -10,6 +10,7 @@ In the unit-diagonal form the multipliers :math:`\lambda = S (w - x) \ge 0` solv
 Shapes: K = objectives, P = vectors to project, R = rank of the Gramian.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -73,6 +74,8 @@ def project_on_dual_cone(
     """
     if solver not in ("active-set", "quadprog"):
         raise ValueError(f"Unknown solver {solver!r}. Known ones: active-set, quadprog.")
+    if len(gramian) == 2 and solver == "active-set":
+        return _project_between_two(gramian, coefficients)
     norms, cosines = unit_diagonal(gramian)
     points = coefficients * norms
     scales = np.abs(points).max(axis=1)
@@ -92,6 +95,35 @@ def project_on_dual_cone(
     weights = coefficients.copy()
     weights[conflicting] += multipliers * (scales[conflicting, None] / np.where(norms > 0, norms, np.inf))
     return ConeProjection(weights, float(residuals.max()), not wrong.any())
+
+
+def _project_between_two(
+    gramian: Float64[np.ndarray, "2 2"], coefficients: Float64[np.ndarray, "P 2"]
+) -> ConeProjection:
+    """The closed form for two gradients: at most one multiplier is positive, or both cancel the vector."""
+    first, second = math.sqrt(max(gramian[0, 0], 0.0)), math.sqrt(max(gramian[1, 1], 0.0))
+    cosine = 0.0
+    if first > 0 and second > 0:
+        cosine = min(max((gramian[0, 1] / first / second + gramian[1, 0] / first / second) / 2, -1.0), 1.0)
+    weights = coefficients.copy()
+    worst = 0.0
+    for row in weights:
+        a, b = float(row[0]) * first, float(row[1]) * second
+        lacks_a, lacks_b = -(a + cosine * b), -(b + cosine * a)
+        if max(lacks_a, lacks_b) <= 0:
+            continue
+        up_a, up_b = max(lacks_a, 0.0), max(lacks_b, 0.0)
+        candidates = [(up_a, 0.0), (0.0, up_b)] + ([(-a, -b)] if max(a, b) <= 0 else [])
+        found = [(_residual_of_two(x, y, cosine, lacks_a, lacks_b), x, y) for x, y in candidates]
+        residual, x, y = min(found)
+        worst = max(worst, residual / max(abs(a), abs(b)))
+        row += (x / first if x else 0.0, y / second if y else 0.0)
+    return ConeProjection(weights, worst, worst <= TOLERANCE)
+
+
+def _residual_of_two(x: float, y: float, cosine: float, lacks_a: float, lacks_b: float) -> float:
+    slack_a, slack_b = x + cosine * y - lacks_a, y + cosine * x - lacks_b
+    return max(-slack_a, -slack_b, min(x, slack_a), min(y, slack_b))
 
 
 @dataclass(frozen=True, eq=False)

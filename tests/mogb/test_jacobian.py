@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from mogb.jacobian import CHUNK, CHUNK_MANY_ROWS, Jacobian, all_finite
+from mogb.jacobian import CHUNK, Jacobian, all_finite
 
 
 def generator(seed):
@@ -14,13 +14,13 @@ def generator(seed):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [1, 2, 5, 8, 9, 17])
-@pytest.mark.parametrize("columns", [1, 7, 2 * CHUNK + 5, CHUNK_MANY_ROWS + 1500])
+@pytest.mark.parametrize("columns", [1, 7, 70_000, CHUNK // 8 + 1500])
 def test_the_gramian_is_that_of_the_numbers_held(dtype, size, columns):
     rows = torch.randn(size, columns, generator=generator(0)).to(dtype)
     exact = rows.double() @ rows.double().mT
     norms = exact.diagonal().sqrt()
     error = (torch.from_numpy(Jacobian.of(rows).gramian()) - exact).abs() / torch.outer(norms, norms)
-    assert error.max() < (1e-13 if dtype == torch.float64 else 1e-6)
+    assert error.max() < (1e-12 if dtype == torch.float64 else 1e-6)
 
 
 def test_small_float32_rows_are_multiplied_in_float64():

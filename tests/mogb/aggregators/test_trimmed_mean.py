@@ -5,7 +5,7 @@ from torch.testing import assert_close
 
 import mogb
 from mogb.aggregators.trimmed_mean import TrimmedMean
-from mogb.jacobian import CHUNK_MANY_ROWS, Jacobian
+from mogb.jacobian import CHUNK_WIDE, Jacobian
 
 
 def random(size, length, seed=0):
@@ -34,7 +34,7 @@ def test_wrong_gradients_have_no_influence_beyond_the_right_ones():
 
 
 def test_blocks_and_slices_are_coordinates_like_others():
-    jacobian = random(3, CHUNK_MANY_ROWS + 10)
+    jacobian = random(3, CHUNK_WIDE // 3 + 10)
     whole = TrimmedMean()(jacobian)
     assert_close(whole, jacobian.median(0).values)
     parts, _, _ = TrimmedMean().direct(Jacobian((jacobian[:, :6].reshape(3, 2, 3), jacobian[:, 6:])), None)
