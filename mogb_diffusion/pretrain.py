@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -101,8 +101,8 @@ class Trainer:
 
     def __init__(self, settings: Settings):
         self.settings = settings
-        self.pipeline: Any = tiny.build(settings.seed)
-        self.model: Any = self.pipeline.transformer
+        self.pipeline = cast(Any, tiny.build(settings.seed))  # diffusers adds its parts at run time
+        self.model = self.pipeline.transformer
         self.model.set_attn_processor(tiny.MatmulAttention())
         prepare(self.model)
         self.model.train().requires_grad_(True)
