@@ -61,4 +61,4 @@ class MARBLE(Wrapper, name="marble"):
         live: Bool[np.ndarray, " K"],
     ) -> Solution:
         solution = self.inner._solve_live(gramian, losses, live)
-        return replace(solution, details={"simplex": solution.details["unit"]})
+        return replace(solution, details={**solution.details, "simplex": solution.details["unit"]})

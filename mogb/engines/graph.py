@@ -3,7 +3,7 @@
 Shapes: K = objectives.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -26,15 +26,37 @@ def reached_leaves(roots: Sequence[Tensor | GradientEdge]) -> tuple[list[Tensor]
     return list(leaves.values()), reached
 
 
-def _leaves_below(root: Tensor | GradientEdge) -> Iterator[Tensor]:
-    edge = root if isinstance(root, GradientEdge) else get_gradient_edge(root)
+def reached_above(root: Tensor | GradientEdge, edges: Collection[GradientEdge]) -> tuple[list[Tensor], bool]:
+    """The leaves that a root reaches without passing through any of some edges, and whether it meets one of these."""
+    stops = {(edge.node, edge.output_nr) for edge in edges}
+    start = root if isinstance(root, GradientEdge) else get_gradient_edge(root)
+    todo: list[tuple[Any, int]] = [(start.node, start.output_nr)]
+    seen, leaves, met = set(), [], False
+    while todo:
+        edge = todo.pop()
+        node = edge[0]
+        if edge in stops:
+            met = True
+        elif node is not None and node not in seen:
+            seen.add(node)
+            if type(node).__name__ == "AccumulateGrad":
+                leaves.append(node.variable)
+            todo.extend(node.next_functions)
+    return leaves, met
+
+
+def nodes_below(roots: Iterable[Tensor | GradientEdge]) -> Iterator[Any]:
+    """Every node of the graphs of some roots, once, depth first."""
+    todo: list[Any] = [(root if isinstance(root, GradientEdge) else get_gradient_edge(root)).node for root in roots]
     seen = set()
-    todo: list[Any] = [edge.node]
     while todo:
         node = todo.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if type(node).__name__ == "AccumulateGrad":
-            yield node.variable
+        yield node
         todo.extend(child for child, _ in node.next_functions)
+
+
+def _leaves_below(root: Tensor | GradientEdge) -> Iterator[Tensor]:
+    return (node.variable for node in nodes_below([root]) if type(node).__name__ == "AccumulateGrad")

@@ -3,8 +3,8 @@
 Shapes: K = objectives.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -33,6 +33,12 @@ class Report:
         note: What else to know, such as "Pareto stationary"; empty for an ordinary step.
         backward_passes: How many were spent.
         refreshed: Whether the weights were solved at this step.
+        engine: Which one ran: ``"weighted"`` (one pass of ``weights @ losses``), ``"sequential"``, ``"batched"``,
+            ``"streaming"`` or ``"per_sample"``.
+        skipped: Whether gradients overflowed under a gradient scaler: ``.grad`` holds Inf then, which the scaler's
+            ``step`` looks for, and the method has not seen the step.
+        groups: Reports of the groups that were balanced apart, by name; empty otherwise. The Gramian and the cosines
+            of the whole are then those of all groups together, and the weights None.
     """
 
     weights: Tensor | None
@@ -48,6 +54,9 @@ class Report:
     note: str
     backward_passes: int
     refreshed: bool = True
+    engine: str = "sequential"
+    skipped: bool = False
+    groups: Mapping[str, "Report"] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """One line for a terminal."""
@@ -75,6 +84,9 @@ def make_report(
     jacobian: Jacobian | None = None,
     direction: Sequence[Tensor] | None = None,
     refreshed: bool = True,
+    engine: str = "sequential",
+    note: str = "",
+    skipped: bool = False,
 ) -> Report:
     """Fills a report from what an engine has at hand."""
     if gramian is None and jacobian is not None:
@@ -101,9 +113,46 @@ def make_report(
         left_out=() if solution is None else solution.left_out,
         residual=0.0 if solution is None else solution.residual,
         converged=True if solution is None else solution.converged,
-        note="" if solution is None else solution.note,
+        note="; ".join(text for text in ("" if solution is None else solution.note, note) if text),
         backward_passes=backward_passes,
         refreshed=refreshed,
+        engine=engine,
+        skipped=skipped,
+    )
+
+
+def summed_up(parts: Sequence[Report], names: Sequence[str]) -> Report:
+    """One report of groups that were balanced apart, from theirs."""
+    gramian = cosines = conflicts = None
+    minimum = float("nan")
+    if all(part.gramian is not None for part in parts):
+        arrays = [part.gramian.numpy() for part in parts if part.gramian is not None]
+        total = np.sum(arrays, axis=0)
+        gramian, conflicts = torch.from_numpy(total), _conflicting_pairs(total)
+        weights = [part.weights.numpy() for part in parts if part.weights is not None]
+        if len(weights) == len(parts):
+            products = [array @ weight for array, weight in zip(arrays, weights, strict=True)]
+            squared = sum(float(w @ product) for w, product in zip(weights, products, strict=True))
+            found = _cosines(np.sum(products, axis=0), total, max(squared, 0.0))
+            alive = total.diagonal() > 0
+            cosines, minimum = torch.from_numpy(found), float(found[alive].min()) if alive.any() else 0.0
+    first = parts[0]
+    return Report(
+        weights=None,
+        gramian=gramian,
+        cosines=cosines,
+        min_cosine=minimum,
+        conflicts=conflicts,
+        losses=first.losses,
+        names=first.names,
+        left_out=tuple(sorted(set.intersection(*(set(part.left_out) for part in parts)))),
+        residual=max(part.residual for part in parts),
+        converged=all(part.converged for part in parts),
+        note="; ".join(f"{name}: {part.note}" for name, part in zip(names, parts, strict=True) if part.note),
+        backward_passes=first.backward_passes,
+        refreshed=first.refreshed,
+        engine=first.engine,
+        groups=dict(zip(names, parts, strict=True)),
     )
 
 

@@ -1,9 +1,9 @@
-"""From per-sample terms to one direction in ``param.grad``: the engine, a balancing method, and other ranks.
+"""Per-sample terms as a source of gradients for a balancing step.
 
 Shapes: K = objectives.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,106 +11,106 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from mogb.base import Aggregator, JacobianAggregator, Solution, needs_losses
+from mogb.engines.differentiate import Update, averaged, present
 from mogb.engines.distributed import Ranks
-from mogb.engines.report import Report, make_report
+from mogb.engines.per_sample.problem import Problem
+from mogb.engines.per_sample.step import PerSampleReport
+from mogb.engines.rows import Rows
 from mogb.engines.shards import mean_rows
 from mogb.errors import NonFiniteError
-from mogb.jacobian import Jacobian, all_finite
+from mogb.jacobian import Jacobian
 
 
 @dataclass(frozen=True, eq=False)
 class Means:
-    """What a step can be made of.
+    """What an engine can do with the terms.
 
     Attributes:
+        rows: The gradients of the K losses, added to given ones.
+        gramian: Their inner products alone.
+        report: What the last call did.
+    """
+
+    rows: Callable[[Jacobian | None], Jacobian]
+    gramian: Callable[[], Float64[np.ndarray, "K K"]]
+    report: Callable[[], PerSampleReport | None]
+
+
+class TermSource:
+    """Losses that are linear in per-sample terms: see :class:`mogb.engines.step.Source`.
+
+    Args:
+        problem: Terms and coefficients, the latter multiplied with this rank's share and the scale.
         params: The parameters.
-        rows: The gradients of the K losses.
-        gramian: Their inner products alone; None where rows are to be kept.
-        weighted: The gradient of ``weights @ losses``.
-        passes: How many backward passes rows or Gramian took.
+        means: How the engine answers.
+        values: Of the losses, over the whole batch.
+        names: Of the objectives.
+        ranks: Those that share the step.
+        scale: What the coefficients were multiplied with.
+        streams: Whether only the Gramian is formed.
+        retain_graph: Keep the graph.
     """
 
-    params: tuple[Tensor, ...]
-    rows: Callable[[], Jacobian]
-    gramian: Callable[[], Float64[np.ndarray, "K K"]] | None
-    weighted: Callable[[Float64[np.ndarray, " K"]], Sequence[Tensor | None]]
-    passes: Callable[[], int]
+    def __init__(
+        self,
+        problem: Problem,
+        params: Sequence[Tensor],
+        means: Means,
+        *,
+        values: Float64[np.ndarray, " K"],
+        names: tuple[str, ...] | None,
+        ranks: Ranks,
+        scale: float | None,
+        streams: bool,
+        retain_graph: bool,
+    ) -> None:
+        self.problem = problem
+        self.params = tuple(params)
+        self.means = means
+        self.values = values
+        self.names = names
+        self.ranks = ranks
+        self.scale = scale
+        self.streams = streams
+        self.retain_graph = retain_graph
 
+    @property
+    def engine(self) -> str:
+        report = self.means.report()
+        return "per_sample" if report is not None and report.rank is not None else "sequential"
 
-def balance(
-    means: Means,
-    aggregator: Aggregator,
-    values: Float64[np.ndarray, " K"],
-    names: tuple[str, ...] | None,
-    ranks: Ranks,
-) -> Report:
-    """Balances, and adds the direction to every ``param.grad``; a step that fails changes nothing.
+    @property
+    def note(self) -> str:
+        report = self.means.report()
+        return "" if report is None else report.reason
 
-    Raises:
-        NonFiniteError: NaN or Inf in a loss or a gradient; it names the objective.
-    """
-    try:
-        if not np.isfinite(values).all():
-            raise NonFiniteError("loss", int(np.argmin(np.isfinite(values))))
-        seen = values if needs_losses(aggregator) else np.ones(len(values))
-        if aggregator.reads != "losses" and (means.gramian is None or not aggregator.yields_weights):
-            return _from_rows(means, aggregator, values, seen, names, ranks)
-        gramian = None
-        if aggregator.reads != "losses":
-            assert means.gramian is not None
-            gramian = _finite(means.gramian())
-        with aggregator.undone_on_failure():
-            solution = aggregator._checked(gramian, seen)
-            _add(_weighted(means, solution, ranks))
-    except NonFiniteError as error:
-        name = None if names is None or error.index is None else names[error.index]
-        raise NonFiniteError(error.what, error.index, name) from None
-    spent = 1 if gramian is None else means.passes() + 1
-    return make_report(values, names, solution, gramian, spent)
+    @property
+    def targets(self) -> Sequence[Tensor]:
+        return self.params
 
+    def rows(self, into: Sequence[tuple[Tensor, Tensor]] = ()) -> Rows:
+        jacobian = self.means.rows(Jacobian(tuple(block for _, block in into)) if into else None)
+        return Rows(self.params, jacobian, (), self._passes())
 
-def add_weighted(means: Means, weights: Float64[np.ndarray, " K"]) -> None:
-    """Adds the gradient of ``weights @ losses`` to every ``param.grad``."""
-    _add(_weighted(means, Solution(weights), Ranks(None)))
+    def joined(self, params: Sequence[Tensor], take: Callable[[], Jacobian], *, whole: bool) -> Jacobian:
+        return take() if self.ranks.alone else mean_rows(self.ranks, params, list(take().blocks), whole=whole)
 
+    def land(self, params: Sequence[Tensor], direction: Sequence[Tensor]) -> tuple[list[Update], int]:
+        return list(zip(params, direction, strict=True)), 0
 
-def _from_rows(
-    means: Means,
-    aggregator: Aggregator,
-    values: Float64[np.ndarray, " K"],
-    seen: Float64[np.ndarray, " K"],
-    names: tuple[str, ...] | None,
-    ranks: Ranks,
-) -> Report:
-    jacobian = means.rows()
-    if not ranks.alone:
-        jacobian = mean_rows(ranks, means.params, list(jacobian.blocks), whole=not aggregator.yields_weights)
-    direction, gramian, solution = aggregator.direct(jacobian, seen)
-    _add(zip(means.params, direction, strict=True))
-    plain = direction if isinstance(aggregator, JacobianAggregator) else None
-    return make_report(values, names, solution, gramian, means.passes(), jacobian=jacobian, direction=plain)
+    def gramian(self) -> tuple[Float64[np.ndarray, "K K"], int]:
+        return self.means.gramian(), self._passes()
 
+    def weighted(self, weights: Float64[np.ndarray, " K"]) -> tuple[list[Update], int]:
+        seeds = self.problem.seeds(np.tensordot(weights, self.problem.coefficients, 1))
+        grads = torch.autograd.grad(
+            self.problem.outputs, self.params, seeds, retain_graph=self.retain_graph, allow_unused=True
+        )
+        return averaged(self.ranks, present(self.params, grads)), 1
 
-def _weighted(means: Means, solution: Solution, ranks: Ranks) -> list[tuple[Tensor, Tensor]]:
-    grads = means.weighted(solution.weights)
-    present = [(param, grad) for param, grad in zip(means.params, grads, strict=True) if grad is not None]
-    ranks.average([grad for _, grad in present])
-    if not all_finite([grad for _, grad in present]):
-        raise NonFiniteError("direction", None)
-    return present
+    def blame(self) -> NonFiniteError:
+        return NonFiniteError("direction", None)
 
-
-def _add(updates: Iterable[tuple[Tensor, Tensor]]) -> None:
-    with torch.no_grad():
-        for param, grad in updates:
-            if param.grad is None:
-                param.grad = grad.detach().to(param.dtype).clone()
-            else:
-                param.grad.add_(grad)
-
-
-def _finite(gramian: Float64[np.ndarray, "K K"]) -> Float64[np.ndarray, "K K"]:
-    if not np.isfinite(gramian).all():
-        raise NonFiniteError("gradient", int(np.argmin(np.isfinite(gramian.diagonal()))))
-    return gramian
+    def _passes(self) -> int:
+        report = self.means.report()
+        return 0 if report is None else report.passes

@@ -19,11 +19,12 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
-from mogb.base import Aggregator
-from mogb.engines.distributed import GroupChoice, find_ranks, is_sharded
+from mogb.base import Aggregator, Solution
+from mogb.engines.distributed import GroupChoice, Ranks, find_ranks, is_sharded
+from mogb.engines.groups import Grouping
 from mogb.engines.losses import as_parameters
 from mogb.engines.per_sample.attachment import Attachment
-from mogb.engines.per_sample.balance import Means, add_weighted, balance
+from mogb.engines.per_sample.balance import Means, TermSource
 from mogb.engines.per_sample.check import deviations, judge, norm_deviations
 from mogb.engines.per_sample.errors import PerSampleError, UnsupportedLayerError
 from mogb.engines.per_sample.gram import GramianStore, LateContributionError
@@ -42,6 +43,8 @@ from mogb.engines.per_sample.step import (
 )
 from mogb.engines.per_sample.tape import checkpoint
 from mogb.engines.report import Report
+from mogb.engines.scaling import scale_of
+from mogb.engines.step import add_weighted, balance
 from mogb.jacobian import Jacobian
 
 Coefficients = Float[Tensor, "K B J"] | Float[Tensor, "K B"] | np.ndarray
@@ -279,7 +282,8 @@ class PerSample:
             raise ValueError(
                 f"weights must have one number per objective, {len(problem)}, but got the shape {list(array.shape)}."
             )
-        add_weighted(self._means(problem, "auto", retain_graph, drop=False), array)
+        source = self._source(problem, "auto", None, Ranks(None), None, streams=False, retain_graph=retain_graph)
+        add_weighted(source, Solution(array))
 
     def backward(
         self,
@@ -290,11 +294,15 @@ class PerSample:
         names: Sequence[str] | None = None,
         basis: Basis = "auto",
         rows: str = "auto",
+        scaler: Any = None,
         num_samples: int | float | None = None,
         process_group: GroupChoice = "default",
         retain_graph: bool = False,
     ) -> Report:
         """Balances the K losses, and adds the direction to every ``param.grad``: :func:`mogb.backward` for terms.
+
+        :meth:`mogb.Balancer.backward_terms` does the same in a training loop that refreshes weights now and then or
+        accumulates micro-batches.
 
         Args:
             terms: As in :meth:`gradients`.
@@ -304,6 +312,7 @@ class PerSample:
             basis: As in :meth:`gradients`.
             rows: ``"keep"`` takes the gradients, ``"drop"`` only their Gramian, and one more backward pass for the
                 direction; ``"auto"`` estimates what is cheaper. Methods that read the whole Jacobian keep them.
+            scaler: As in :func:`mogb.backward`.
             num_samples: As in :func:`mogb.backward`: this rank's number of samples, where they differ.
             process_group: As in :func:`mogb.backward`: the ranks whose rows are averaged. Run the forward pass of a
                 ``DistributedDataParallel`` under ``no_sync()``.
@@ -316,6 +325,36 @@ class PerSample:
         """
         if not isinstance(aggregator, Aggregator):
             raise TypeError(f"aggregator must be a method, such as mogb.make('mgda'), but got {aggregator!r}.")
+        source = self.source(
+            terms,
+            coefficients,
+            aggregator,
+            names=names,
+            basis=basis,
+            rows=rows,
+            scaler=scaler,
+            num_samples=num_samples,
+            process_group=process_group,
+            retain_graph=retain_graph,
+        )
+        return balance(source, Grouping(aggregator, "whole", self.params)).report
+
+    def source(
+        self,
+        terms: Tensor | Sequence[Tensor],
+        coefficients: Coefficients,
+        aggregator: Aggregator,
+        *,
+        names: Sequence[str] | None = None,
+        basis: Basis = "auto",
+        rows: str = "auto",
+        store: str = "auto",
+        scaler: Any = None,
+        num_samples: int | float | None = None,
+        process_group: GroupChoice = "default",
+        retain_graph: bool = False,
+    ) -> TermSource:
+        """For balancers: the checked losses of :meth:`backward`, with ``store`` as in :meth:`gradients`."""
         check_choice("rows", rows, ("auto", "keep", "drop"))
         ranks = find_ranks(process_group, num_samples)
         problem = as_problem(terms, coefficients)
@@ -324,29 +363,48 @@ class PerSample:
             raise ValueError(f"names must have one entry per objective, {len(problem)}, but got {len(labels)}.")
         if not ranks.alone and rows == "drop":
             raise ValueError("rows='drop' needs one process: Gramians of ranks do not add up. Use rows='auto'.")
-        values = ranks.mean_losses(problem.losses())
-        if not ranks.alone:
-            problem = Problem(problem.outputs, problem.coefficients * ranks.share)
         drop = rows == "drop" or (rows == "auto" and ranks.alone and self._gramian_is_cheaper(problem))
-        means = self._means(problem, basis, retain_graph, drop=drop, store="auto" if ranks.alone else "dense")
-        return balance(means, aggregator, values, labels, ranks)
+        return self._source(
+            problem,
+            basis,
+            labels,
+            ranks,
+            scale_of(scaler, problem.outputs[0].device),
+            store=store if ranks.alone else "dense",
+            streams=drop and aggregator.yields_weights,
+            retain_graph=retain_graph,
+        )
 
-    def _means(self, problem: Problem, basis: Basis, retain_graph: bool, *, drop: bool, store: str = "auto") -> Means:
-        def weighted(weights: Float64[np.ndarray, " K"]) -> Sequence[Tensor | None]:
-            seeds = problem.seeds(np.tensordot(weights, problem.coefficients, 1))
-            return torch.autograd.grad(
-                problem.outputs, self.params, seeds, retain_graph=retain_graph, allow_unused=True
-            )
+    def _source(
+        self,
+        problem: Problem,
+        basis: Basis,
+        names: tuple[str, ...] | None,
+        ranks: Ranks,
+        scale: float | None,
+        *,
+        store: str = "auto",
+        streams: bool,
+        retain_graph: bool,
+    ) -> TermSource:
+        values = ranks.mean_losses(problem.losses())
+        factor = ranks.share * (1.0 if scale is None else scale)
+        scaled = problem if factor == 1.0 else Problem(problem.outputs, problem.coefficients * factor)
 
-        def rows() -> Jacobian:
-            return self._gradients(self._prepare(problem, basis), store, None, retain_graph)
+        def rows(add_to: Jacobian | None) -> Jacobian:
+            return self._gradients(self._prepare(scaled, basis), store, add_to, retain_graph)
 
-        return Means(
-            params=self.params,
-            rows=rows,
-            gramian=(lambda: self._gramian(self._prepare(problem, basis))) if drop else None,
-            weighted=weighted,
-            passes=lambda: 0 if self.report is None else self.report.passes,
+        means = Means(rows, lambda: self._gramian(self._prepare(scaled, basis)), lambda: self.report)
+        return TermSource(
+            scaled,
+            self.params,
+            means,
+            values=values,
+            names=names,
+            ranks=ranks,
+            scale=scale,
+            streams=streams,
+            retain_graph=retain_graph,
         )
 
     def _prepare(self, problem: Problem, basis: Basis) -> Step:
