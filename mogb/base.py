@@ -57,6 +57,7 @@ from torch import Tensor, nn
 from mogb.errors import NonFiniteError
 from mogb.jacobian import Jacobian, all_finite
 from mogb.learned import LearnedVector
+from mogb.options import settle_types
 
 Reads = Literal["losses", "gramian", "gramian+losses", "jacobian"]
 Phase = Literal["parameters", "update", "end_epoch"]
@@ -182,6 +183,7 @@ class Aggregator(ABC):
             _REGISTRY[name] = cls
 
     def __post_init__(self) -> None:
+        settle_types(self)
         self._check()
         self._start()
 
@@ -339,11 +341,23 @@ class Aggregator(ABC):
         return saved
 
     def load_state_dict(self, state: Mapping[str, StateValue]) -> None:
-        """Takes over a state that :meth:`state_dict` gave, also into a fresh instance.
+        """Takes over a state that :meth:`state_dict` gave, also into a fresh instance. What fails changes nothing.
 
         Raises:
-            ValueError: A key that this method does not know, or a part of a list that is missing.
+            ValueError: A key that this method does not know, a part of a list that is missing, or a damaged value.
         """
+        before = self.state_dict()
+        try:
+            self._load(state)
+        except Exception as error:
+            self._load(before)
+            if isinstance(error, ValueError):
+                raise
+            raise ValueError(
+                f"This state of {self.name!r} is damaged ({type(error).__name__}: {error}): load another copy of it."
+            ) from error
+
+    def _load(self, state: Mapping[str, StateValue]) -> None:
         known = {item.name.lstrip("_"): item for item in _state_fields(self)}
         given, unknown = _by_field(state, known)
         if unknown:
@@ -596,12 +610,11 @@ class Wrapper(Aggregator):
         inner = {f"inner.{key}": value for key, value in self.inner.state_dict().items()}
         return super().state_dict() | inner
 
-    def load_state_dict(self, state: Mapping[str, StateValue]) -> None:
-        """Takes over the states of the wrapper and of the method inside."""
+    def _load(self, state: Mapping[str, StateValue]) -> None:
         prefix = "inner."
         inner = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        super().load_state_dict({key: value for key, value in state.items() if not key.startswith(prefix)})
-        self.inner.load_state_dict(inner)
+        super()._load({key: value for key, value in state.items() if not key.startswith(prefix)})
+        self.inner._load(inner)
 
     def _check(self) -> None:
         if not isinstance(self.inner, Aggregator):

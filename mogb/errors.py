@@ -34,3 +34,7 @@ class NonFiniteError(ValueError):
 
 class DistributedError(RuntimeError):
     """A collective failed: another rank died, raised an error, or did not answer in time."""
+
+
+class OptionTypeError(TypeError, ValueError):
+    """An option of the wrong type: the message names the option, the value and what is allowed."""

@@ -10,13 +10,14 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Each layer names the layers of its own package that it may import, and the outside packages.
 LAYERS = {
     "mogb.errors": ((), ()),
-    "mogb.jacobian": ((), ("torch", "numpy", "jaxtyping")),
+    "mogb.jacobian": ((), ("torch", "numpy", "scipy", "jaxtyping")),
+    "mogb.options": (("mogb.errors",), ("torch", "numpy")),
     "mogb.learned": ((), ("torch", "numpy", "jaxtyping")),
-    "mogb.base": (("mogb.errors", "mogb.jacobian", "mogb.learned"), ("torch", "numpy", "jaxtyping")),
+    "mogb.base": (("mogb.errors", "mogb.jacobian", "mogb.learned", "mogb.options"), ("torch", "numpy", "jaxtyping")),
     "mogb.solvers": (("mogb.errors",), ("torch", "numpy", "scipy", "jaxtyping", "quadprog")),
     "mogb.wrappers": (("mogb.base", "mogb.errors", "mogb.jacobian"), ("torch", "numpy", "jaxtyping")),
     "mogb.aggregators": (
-        ("mogb.base", "mogb.errors", "mogb.jacobian", "mogb.learned", "mogb.solvers", "mogb.wrappers"),
+        ("mogb.base", "mogb.errors", "mogb.jacobian", "mogb.learned", "mogb.options", "mogb.solvers", "mogb.wrappers"),
         ("torch", "numpy", "scipy", "jaxtyping"),
     ),
     "mogb.engines": (("mogb.base", "mogb.errors", "mogb.jacobian"), ("torch", "numpy", "jaxtyping")),

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float64
 
 from mogb.base import LossAggregator, Promise, Reference, Solution
+from mogb.options import check_type
 
 
 @dataclass(frozen=True, init=False)
@@ -44,6 +45,7 @@ class WeightedSum(LossAggregator, name="weighted_sum"):
     fixed: tuple[float, ...] | None = None
 
     def __init__(self, *, weights: Sequence[float] | None = None) -> None:
+        check_type("weights", weights, Sequence[float] | None)
         object.__setattr__(self, "fixed", None if weights is None else tuple(float(weight) for weight in weights))
         self.__post_init__()
 
