@@ -150,7 +150,7 @@ class Reward:
         name: In the registry, or ``module:Class`` or ``module:function``.
         label: What it is called in logs and tables; None is the name.
         weight: In the sum of ``weighted_sum`` and ``gdpo``.
-        specialist: It applies to some prompts only, so that NaN elsewhere is no failure.
+        specialist: It applies to some prompts only, so that NaN elsewhere is no failure; None asks the reward itself.
         options: Keyword arguments of its class.
         batch_size: Pictures per call; None gives it a whole sampling batch at once.
     """
@@ -158,7 +158,7 @@ class Reward:
     name: str
     label: str | None = None
     weight: float = 1.0
-    specialist: bool = False
+    specialist: bool | None = None
     options: dict[str, Any] = field(default_factory=dict)
     batch_size: int | None = None
 

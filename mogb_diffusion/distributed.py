@@ -40,31 +40,42 @@ class Ranks:
         """This process's part of a list: every ``size``-th item."""
         return items[self.rank :: self.size]
 
-    def any(self, flag: bool, device: torch.device | str = "cpu") -> bool:
+    def any(self, flag: bool) -> bool:
         """Whether a flag is up on any rank."""
+        return self.max(float(flag)) > 0
+
+    def max(self, value: float) -> float:
+        """The largest of the ranks' numbers."""
         if self.size == 1:
-            return flag
-        carrier = torch.tensor(float(flag), device=device)
+            return value
+        carrier = self._carried(torch.tensor(value, dtype=torch.float64))
         dist.all_reduce(carrier, op=dist.ReduceOp.MAX)
-        return bool(carrier > 0)
+        return float(carrier)
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over the ranks, in place."""
-        if self.size > 1:
-            dist.all_reduce(values)
-        return values
+        """The sum over the ranks; in place where the values are on a device that ranks exchange."""
+        if self.size == 1:
+            return values
+        carrier = self._carried(values)
+        dist.all_reduce(carrier)
+        return carrier.to(values.device)
 
     def gather(self, part: Tensor, count: int) -> Tensor:
         """All rows ``[count, ...]`` from the contiguous pieces of :meth:`mine`."""
         if self.size == 1:
             return part
         longest = -(-count // self.size)
-        padded = part.new_zeros((longest, *part.shape[1:]))
+        padded = self._carried(part.new_zeros((longest, *part.shape[1:])))
         padded[: len(part)] = part
         pieces = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(pieces, padded)
         sizes = [len(Ranks(rank, self.size).mine(count)) for rank in range(self.size)]
-        return torch.cat([piece[:size] for piece, size in zip(pieces, sizes, strict=True)])
+        return torch.cat([piece[:size] for piece, size in zip(pieces, sizes, strict=True)]).to(part.device)
+
+    def _carried(self, values: Tensor) -> Tensor:
+        """On the device that the backend exchanges."""
+        on_gpu = dist.get_backend() == "nccl" and values.device.type == "cpu"
+        return values.to(torch.device("cuda", torch.cuda.current_device())) if on_gpu else values
 
     def wait(self) -> None:
         """Until all are here."""

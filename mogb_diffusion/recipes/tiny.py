@@ -22,8 +22,8 @@ REWARDS = (
     Reward(name="world_preference", label="preference"),
     Reward(name="world_aesthetic", label="aesthetic"),
     Reward(name="world_alignment", label="alignment"),
-    Reward(name="world_text", label="text", specialist=True),
-    Reward(name="world_composition", label="composition", specialist=True),
+    Reward(name="world_text", label="text"),
+    Reward(name="world_composition", label="composition"),
 )
 
 
