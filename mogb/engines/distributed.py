@@ -12,6 +12,7 @@ Ranks whose batches differ are weighted by their sample counts: rank r by :math:
 Shapes: K = objectives.
 """
 
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,12 +24,16 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float64
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+from torch.utils.weak import WeakIdKeyDictionary
 
+from mogb.engines.graph import nodes_below
 from mogb.errors import DistributedError
 
 GroupChoice: TypeAlias = Any  # a torch.distributed.ProcessGroup, "default" or None
 Exchange: TypeAlias = Literal["auto", "rows", "shards"]
 BUCKET = 1 << 24  # numbers in one collective
+_WALKED = WeakIdKeyDictionary()  # parameters of models whose graph was looked at
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +168,8 @@ def find_ranks(
 def describe_step(losses: int, params: Sequence[Tensor], aggregator: object) -> tuple[str, ...]:
     """What all ranks must have in common, in words, for :func:`find_ranks`."""
     shapes = zlib.crc32(repr([tuple(param.shape) for param in params]).encode())
-    return (f"{losses} losses", f"{len(params)} balanced parameters (shapes {shapes:08x})", repr(aggregator))
+    options = re.sub(r" at 0x[0-9a-f]+", "", repr(aggregator))  # of a class of the user's, without a repr of its own
+    return (f"{losses} losses", f"{len(params)} balanced parameters (shapes {shapes:08x})", options)
 
 
 def parameters_of(module: nn.Module) -> Iterator[Tensor]:
@@ -196,6 +202,26 @@ def refuse_gathered(leaves: Iterable[Tensor]) -> None:
                 f"A parameter of shape {list(leaf.shape)} was gathered by fully_shard for this step: its gradient "
                 "belongs to the shards. Pass the module as params, or its parameters from before the forward pass."
             )
+
+
+def refuse_static_graph(roots: Iterable[Tensor | GradientEdge], params: Sequence[Tensor]) -> None:
+    """Refuses ``DistributedDataParallel(static_graph=True)`` that has not seen a backward pass of its own.
+
+    It learns from its first one which parameters get gradients. From a balanced one, which leaves its hooks alone, it
+    would learn that none does, and never average again. Looked for once for a model: the graph is walked.
+
+    Raises:
+        ValueError: The losses come from such a model.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or not params or params[0] in _WALKED:
+        return
+    for node in nodes_below(roots):
+        if type(node).__name__ == "_DDPSinkBackward" and getattr(node.ddp_weakref(), "static_graph", False):
+            raise ValueError(
+                "DistributedDataParallel(static_graph=True) must see a plain loss.backward() before the first balanced "
+                "step, or it averages no gradient ever after: run one, or use static_graph=False."
+            )
+    _WALKED[params[0]] = True
 
 
 def _may_be_sharded() -> bool:

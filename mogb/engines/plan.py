@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from mogb.engines.distributed import is_sharded, refuse_gathered
+from mogb.engines.distributed import is_sharded, refuse_gathered, refuse_static_graph
 from mogb.engines.graph import reached_leaves, reaches
 from mogb.engines.losses import Losses, as_parameters
 
@@ -46,6 +46,7 @@ def make_plan(losses: Losses, params: nn.Module | Iterable[Tensor] | None) -> Pl
     if params is not None:
         shared = as_parameters(params)
         refuse_gathered(shared)
+        refuse_static_graph(losses.roots, shared)
         if any(is_sharded(param) for param in shared):  # their graph holds the gathered parameters, not the shards
             return Plan(shared, nobody)
         wanted = frozenset(id(param) for param in shared)
@@ -59,6 +60,7 @@ def make_plan(losses: Losses, params: nn.Module | Iterable[Tensor] | None) -> Pl
     leaves, reached = reached_leaves(losses.roots)
     refuse_complex(leaves)
     refuse_gathered(leaves)
+    refuse_static_graph(losses.roots, leaves)
     return Plan(*split(leaves, reached))
 
 
