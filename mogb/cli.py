@@ -1,4 +1,4 @@
-"""The command line: ``mogb list | show | cite | compare | report``.
+"""The command line: ``mogb list | show | cite | compare | report | front``.
 
 Exit status: 0 done (also if some runs failed: they are rows of the table), 1 the work failed (every run failed, a disk
 is full), 2 bad arguments or input, with one line on stderr that says what to do, 130 interrupted.
@@ -8,11 +8,13 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from mogb import __version__
@@ -23,15 +25,23 @@ from mogb.compare.progress import Watch, duration
 from mogb.compare.store import open_store
 from mogb.compare.summary import Summary
 from mogb.compare.tables import overall_table
+from mogb.front import FILES, Reached, Sweep, sweep_front, write_front
 from mogb.problems import registered_problems
 from mogb.report import check_figures, write_report
-from mogb.specs import SpecError, parse_specs
+from mogb.specs import SpecError, parse_spec, parse_specs
 
 COMPARE_EXAMPLES = """examples:
   mogb compare --quick --out runs/quick
   mogb compare --methods "mgda,cagrad(c=0.2),smoothed(mgda,decay=0.9)" --problems valley,zdt1 --out runs/three
   mogb compare --out runs/full --resume              complete an interrupted run
   mogb compare --out runs/part-1 --shard 1/4         a quarter; mogb report runs/part-* --out DIR merges
+"""
+
+
+FRONT_EXAMPLES = """examples:
+  mogb front upgrad --problem zdt1 --quick --out runs/front
+  mogb front "stch(mu=0.1)" --problem dtlz2 --points 21
+  mogb front nash_mtl --problem fonseca_2d --points 20 --seeds 3     it has no preference: starting points
 """
 
 
@@ -86,6 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", metavar="DIR", help="where to write; default: the one DIR given")
     command.add_argument("--overwrite", action="store_true", help="replace what an earlier report left in --out")
     _shared_options(command)
+
+    command = _command(commands, "front", _front, "sweep a method's preferences or starting points", FRONT_EXAMPLES)
+    _front_options(command)
     return parser
 
 
@@ -138,6 +151,23 @@ def _compare_options(command: argparse.ArgumentParser) -> None:
         "--shard", metavar="i/n", type=_shard, default=(1, 1), help="do the i-th of n parts only, i from 1"
     )
     _shared_options(command)
+
+
+def _front_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("method", metavar="METHOD", help="as in mogb compare, options and wrappers in parentheses")
+    command.add_argument("--problem", metavar="NAME", required=True, help="one of mogb list problems")
+    command.add_argument(
+        "--points", metavar="N", type=_positive, help="runs per seed; default: 11, 15 or 2 K for K = 2, 3 or more"
+    )
+    command.add_argument(
+        "--seeds", metavar="N", type=_positive, default=1,
+        help="0 is the published starts, others random; default: %(default)s",
+    )  # fmt: skip
+    command.add_argument("--steps", metavar="N", type=_positive, help="default: the problem's published number")
+    command.add_argument("--quick", action="store_true", help="the problem's short number of steps")
+    command.add_argument("--out", metavar="DIR", default="runs/front", help="default: %(default)s")
+    command.add_argument("--overwrite", action="store_true", help="replace what an earlier sweep left in --out")
+    command.add_argument("--no-figures", action="store_true", help="no front.png; needs no matplotlib")
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -195,6 +225,56 @@ def _report(options: argparse.Namespace) -> int:
     if summary.missing:
         _say(f"mogb report: {len(summary.missing)} planned runs have no result yet, such as {summary.missing[0]!r}.", 0)
     return _finish(summary, folder, options, whole=True)
+
+
+def _front(options: argparse.Namespace) -> int:
+    sweep = Sweep(
+        method=str(parse_spec(options.method)), problem=options.problem, points=options.points, seeds=options.seeds,
+        steps=options.steps, quick=options.quick,
+    )  # fmt: skip
+    folder = Path(options.out)
+    if not options.overwrite and any((folder / name).exists() for name in FILES):
+        raise InputError(f"out: {folder} holds an earlier sweep. Give another --out, or --overwrite.")
+    check_figures(not options.no_figures)
+    with _bar(f"{sweep.method} on {sweep.problem}") as progress:
+        reached = sweep_front(sweep, progress)
+    for seed, found in enumerate(reached.figures):
+        if found.error:
+            _say(f"mogb front: seed {seed} failed: {found.error}", 0)
+    if all(found.error for found in reached.figures):
+        return _say("mogb front: every seed failed; nothing is written.", 1)
+    files = write_front(reached, folder, figures=not options.no_figures)
+    print(f"{len(reached.losses[0])} {reached.swept}, {sweep.seeds} seeds. {_front_figures(reached)}")
+    print(f"Written to {folder}: {', '.join(path.name for path in files)}.")
+    return 0
+
+
+def _front_figures(reached: Reached) -> str:
+    parts = []
+    for name, label, form in (
+        ("hypervolume_share", "Hypervolume, of the true one", "{:.1%}"), ("igd_plus", "IGD+", "{:.4g}"),
+        ("arrived", "On the front", "{:.0%}"), ("non_dominated", "Not dominated", "{:.3g}"),
+    ):  # fmt: skip
+        found = reached.spread(name)
+        if found is not None:
+            mean, low, high = (form.format(value) for value in found)
+            parts.append(f"{label}: {mean}" + (f" ({low} to {high})." if low != high else "."))
+    return " ".join(parts)
+
+
+@contextmanager
+def _bar(label: str) -> Iterator[Callable[[float], None]]:
+    """A bar with the time left on a terminal, nothing in a log."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda _: None
+        return
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(), console=console,
+    ) as progress:  # fmt: skip
+        task = progress.add_task(label, total=1.0)
+        yield lambda done: progress.update(task, completed=done)
 
 
 def _finish(summary: Summary, folder: Path, options: argparse.Namespace, *, whole: bool) -> int:

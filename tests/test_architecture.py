@@ -35,14 +35,22 @@ LAYERS = {
     "mogb.catalog": (
         ("mogb.base", "mogb.aggregators", "mogb.wrappers", "mogb.problems", "mogb.compare"), (),
     ),
+    "mogb.front": (
+        (
+            "mogb.base", "mogb.aggregators", "mogb.wrappers", "mogb.specs", "mogb.problems", "mogb.metrics",
+            "mogb.compare", "mogb.plotting",
+        ),
+        ("torch", "numpy", "jaxtyping"),
+    ),
     "mogb.plotting": (
-        ("mogb.compare", "mogb.problems", "mogb.metrics"), ("torch", "numpy", "scipy", "jaxtyping", "matplotlib"),
+        ("mogb.compare", "mogb.front", "mogb.problems", "mogb.metrics"),
+        ("torch", "numpy", "scipy", "jaxtyping", "matplotlib"),
     ),
     "mogb.report": (("mogb", "mogb.compare", "mogb.plotting", "mogb.aggregators", "mogb.specs"), ("numpy",)),
     "mogb.cli": (
         (
-            "mogb", "mogb.base", "mogb.catalog", "mogb.compare", "mogb.report", "mogb.aggregators", "mogb.specs",
-            "mogb.problems", "mogb.wrappers",
+            "mogb", "mogb.base", "mogb.catalog", "mogb.compare", "mogb.front", "mogb.report", "mogb.aggregators",
+            "mogb.specs", "mogb.problems", "mogb.wrappers",
         ),
         ("rich",),
     ),

@@ -8,7 +8,7 @@ Shapes: S = starting points, K = objectives, N = numbers in x, T = steps at whic
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,11 +70,28 @@ def follow(run: Run, plan: Plan, problem: Problem, progress: Callable[[float], N
     Raises:
         RunFailed: A loss, gradient, direction or position became NaN or Inf, or the method refused its input.
     """
-    steps, settings = plan.steps_of(problem), problem.settings
-    x = starts_of(problem, run.seed).copy()
-    aggregators = _aggregators(run, len(x))
-    optimizer = make_optimizer(settings.optimizer, settings.quick_lr if plan.quick else settings.lr, x.shape)
+    settings, x = problem.settings, starts_of(problem, run.seed)
     noise = _generator("noise", problem.name, run.seed) if problem.stochastic else None
+    lr = settings.quick_lr if plan.quick else settings.lr
+    return travel(problem, x, _aggregators(run, len(x)), plan.steps_of(problem), lr, noise, progress)
+
+
+def travel(
+    problem: Problem,
+    starts: Float64[np.ndarray, "S N"],
+    aggregators: Sequence[Aggregator],
+    steps: int,
+    lr: float,
+    noise: torch.Generator | None,
+    progress: Callable[[float], None] = lambda _: None,
+) -> Path:
+    """Takes steps from every start with an aggregator of its own; all of them read the same.
+
+    Raises:
+        RunFailed: As :func:`follow`.
+    """
+    x = starts.copy()
+    optimizer = make_optimizer(problem.settings.optimizer, lr, x.shape)
     weighted, phases = aggregators[0].yields_weights, Phases(aggregators)
     observer = Observer(steps, len(x), problem.num_objectives, weights=weighted)
     held_out = Observer(steps, len(x), problem.num_objectives, weights=False) if problem.stochastic else None
@@ -140,7 +157,7 @@ Seen = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def _by_weights(
-    aggregators: list[Aggregator],
+    aggregators: Sequence[Aggregator],
     losses: np.ndarray,
     jacobian: np.ndarray,
     gramian: np.ndarray,
@@ -161,7 +178,7 @@ def _by_weights(
 
 
 def _by_direction(
-    aggregators: list[Aggregator],
+    aggregators: Sequence[Aggregator],
     losses: np.ndarray,
     jacobian: np.ndarray,
     gramian: np.ndarray,

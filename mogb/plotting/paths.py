@@ -65,7 +65,7 @@ def _in_parameter_space(summary: Summary, problem: Problem, records: list[Record
         axis.contourf(heights, levels=levels, extent=extent, cmap="Greys", vmin=-0.35, vmax=2.6, zorder=0)
         axis.contour(heights, levels=levels, extent=extent, colors="#a8a8a8", linewidths=0.4, zorder=1)
         if pareto is not None:
-            _draw_set(axis, pareto.numpy())
+            draw_set(axis, pareto.numpy())
         _draw_panel(axis, record, method, "x")
     found.axes[0].set(xlim=window.x[0], ylim=window.x[1])
     few_ticks(found.axes[0])
@@ -89,7 +89,7 @@ def _in_objective_space(summary: Summary, problem: Problem, records: list[Record
         if window.log:
             axis.set(xscale="log", yscale="log")
         if front is not None:
-            _draw_set(axis, front[:, :2].numpy())
+            draw_set(axis, front[:, :2].numpy())
         axis.grid(color="#eeeeee", linewidth=0.6, zorder=0)
         _draw_panel(axis, record, method, "losses")
     found.axes[0].set(xlim=window.losses[0], ylim=window.losses[1])
@@ -151,7 +151,7 @@ def _landscape(problem: Problem, window: tuple[Interval, Interval]) -> tuple[np.
     return np.searchsorted(order, mean) / mean.size, np.linspace(0.0, 1.0, LEVELS + 1)
 
 
-def _draw_set(axis: "Axes", points: np.ndarray) -> None:
+def draw_set(axis: "Axes", points: np.ndarray) -> None:
     """A curve, broken where the set is disconnected; a star where it is one point."""
     if len(np.unique(points, axis=0)) == 1:
         axis.plot(*points[0], marker="*", markersize=11, color=BLACK, markeredgecolor="white", zorder=2, linestyle="")

@@ -44,10 +44,7 @@ def test_signal_and_noise_are_unbiased(problem, start):
     covariance = torch.from_numpy(np.einsum("tin,tjn->ij", centred, centred) / len(centred))
     for estimates, target in (
         (torch.stack([one.signal for one in found]), exact @ exact.mT),
-        (
-            torch.stack([one.noise for one in found]),
-            torch.from_numpy(np.einsum("tin,tjn->ij", centred, centred) / 2000),
-        ),
+        (torch.stack([one.noise for one in found]), covariance),
     ):
         error = (estimates.mean(0) - target) / (estimates.std(0) / math.sqrt(len(found)))
         assert error.abs().max() < 4.5  # standard errors, of K (K + 1) / 2 numbers
