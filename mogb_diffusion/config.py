@@ -48,8 +48,8 @@ class Model:
     """Which pipeline is trained, and how it is run.
 
     Attributes:
-        source: ``tiny`` (the tiny world's, pre-trained), ``tiny-random``, or a folder or hub name of a
-            ``StableDiffusion3Pipeline``.
+        source: ``tiny`` (the tiny world's, pre-trained), a ``.safetensors`` file of other weights for it,
+            ``tiny-random``, or a folder or hub name of a ``StableDiffusion3Pipeline``.
         seed: Of the weights of ``tiny-random``.
         dtype: What the transformer computes in. Weights that train are kept in float32 or wider.
         device: ``auto`` takes an accelerator where there is one.
@@ -120,7 +120,7 @@ class Prompts:
     Attributes:
         path: A file; None for prompts of the tiny world.
         format: Of the file, see :func:`mogb_diffusion.prompts.read_prompts`; ``world`` draws from the tiny world.
-        kind: Of the tiny world's prompts: ``object``, ``text`` or ``any``.
+        kind: Of the tiny world's prompts: ``objects``, ``text`` or ``mixed``.
         split: Of the tiny world's prompts.
         count: How many of the world's prompts, or at most how many lines of the file; None is 256 or all.
         weight: How often this source is drawn from, relative to the others.
@@ -129,8 +129,8 @@ class Prompts:
 
     path: str | None = None
     format: Literal["auto", "text", "geneval", "jsonl", "world"] = "auto"
-    kind: Literal["object", "text", "any"] = "any"
-    split: Literal["train", "test"] = "train"
+    kind: Literal["mixed", "text", "objects"] = "mixed"
+    split: Literal["train", "held_out"] = "train"
     count: int | None = None
     weight: float = 1.0
     rewards: tuple[str, ...] | None = None

@@ -74,9 +74,10 @@ class Scorer:
         rewards: By name, in the order of the rows of the result.
         settings: Timeout, retries, and how many failures in a row are too many.
         batch_sizes: Pictures per call, by name; None or no entry gives a whole submission at once.
-        specialists: Names of rewards without ``applies`` whose NaN is no failure.
+        specialists: Names of rewards that apply to some prompts only; NaN from one without ``applies`` is no failure.
 
     Attributes:
+        special: Names of the specialists.
         counts: What went wrong since :meth:`collect` was called last, by reward: errors, timeouts, nan, inf, retries.
         messages: What to tell, since then.
         seconds: Spent in rewards, since then, summed over their threads.
@@ -93,7 +94,7 @@ class Scorer:
         self.rewards = dict(rewards)
         self.settings = settings or config.Scoring()
         self.batch_sizes = dict(batch_sizes or {})
-        self.specialists = frozenset(specialists)
+        self.special = frozenset(specialists)
         self.counts: dict[str, Counter[str]] = {}
         self.messages: list[str] = []
         self.seconds = 0.0
@@ -167,7 +168,7 @@ class Scorer:
         infinite = int(values.isinf().sum())
         missing = int(values.isnan().sum())
         counts["inf"] += infinite
-        if hasattr(self.rewards[name], "applies") or name not in self.specialists:
+        if hasattr(self.rewards[name], "applies") or name not in self.special:
             counts["nan"] += missing
             if infinite + missing == len(values):
                 self._failed(name, "gave NaN or Inf for every picture", job)

@@ -160,7 +160,7 @@ def load_model(choice: config.Model, device: torch.device) -> SD3Model:
         InputError: It cannot be loaded; the message says why.
     """
     dtype = DTYPES[choice.dtype]
-    is_tiny = choice.source in ("tiny", "tiny-random")
+    is_tiny = choice.source in ("tiny", "tiny-random") or choice.source.endswith(".safetensors")
     pipeline = _tiny(choice) if is_tiny else _pretrained(choice.source, dtype)
     if is_tiny and device.type == "cpu" and dtype == torch.bfloat16:
         from mogb_diffusion.models.tiny import MatmulAttention
@@ -192,7 +192,12 @@ def find_device(name: str, local_rank: int = 0) -> torch.device:
 def _tiny(choice: config.Model) -> Any:
     from mogb_diffusion.models import tiny
 
-    return tiny.load() if choice.source == "tiny" else tiny.build(choice.seed)
+    if choice.source == "tiny-random":
+        return tiny.build(choice.seed)
+    try:
+        return tiny.load(None if choice.source == "tiny" else choice.source)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model.source: {choice.source!r} cannot be loaded: {' '.join(str(error).split())}") from None
 
 
 def _pretrained(source: str, dtype: torch.dtype) -> Any:

@@ -35,7 +35,7 @@ def tiny() -> Run:
         model=Model(source="tiny"),
         policy=Policy(rank=16, alpha=32.0, old_schedule="linear", ema=0.0),
         prompts=(
-            Prompts(format="world", kind="object", count=384),
+            Prompts(format="world", kind="objects", count=384),
             Prompts(format="world", kind="text", count=128),
         ),
         rewards=REWARDS,
@@ -47,8 +47,8 @@ def tiny() -> Run:
         evaluation=Evaluation(
             every=0,
             prompts=(
-                Prompts(format="world", kind="object", split="test", count=120),
-                Prompts(format="world", kind="text", split="test", count=120),
+                Prompts(format="world", kind="objects", split="held_out", count=120),
+                Prompts(format="world", kind="text", split="held_out", count=120),
             ),
             images=240,
             batch=60,
