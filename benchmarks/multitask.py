@@ -8,10 +8,10 @@ The problems are the examples of docs/examples, with their own data, networks an
 with four rewards. Every run is a line of OUT/multitask.jsonl; ``--resume`` keeps the runs that are there and were made
 with the same settings. A method that refuses a problem or diverges is a row that says why.
 
-Learning rates: one for each problem, for all methods and for single tasks. ``--tune`` shows how it was chosen: the best
-of a grid for the weighted sum, on validation data, over seeds that are not among those of the table. Steps are scaled
-by Adam, so that the length of a direction hardly matters; still, a method whose best learning rate is another one is at
-a disadvantage.
+Learning rates: one for each problem, for all methods and for single tasks. ``--tune`` shows how it was chosen: from a
+grid, for the weighted sum, on validation data, over seeds that are not among those of the table; the smallest rate
+within one standard error of the best. Steps are scaled by Adam, so that the length of a direction hardly matters;
+still, a method whose best learning rate is another one is at a disadvantage.
 """
 
 import argparse
@@ -36,7 +36,7 @@ import mogb
 from mogb.compare.pool import run_jobs
 from mogb.specs import SpecError, parse_specs
 
-GRID = (1e-3, 3e-3, 1e-2, 3e-2)
+GRID = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 TUNING_SEEDS = (100, 101, 102)
 KEY = ("problem", "method", "seed", "split", "lr", "steps")
 
@@ -107,23 +107,34 @@ def key_of(job: Job) -> tuple[Any, ...]:
     return tuple(asdict(job)[name] for name in KEY)
 
 
+def tuning_scores(
+    problem: str, jobs: Sequence[Job], records: Mapping[tuple[Any, ...], Any]
+) -> dict[float, list[float]]:
+    """Mean change of the validation metrics against the mean over the grid, in percent: a learning rate's, by seed."""
+    module = example(problem)
+    found = {job: records[key_of(job)]["metrics"] for job in jobs if job.problem == problem}
+    means = {task: float(np.mean([metrics[task] for metrics in found.values()])) for task in module.TASKS}
+    scores: dict[float, list[float]] = {lr: [] for lr in GRID}
+    for job, metrics in found.items():
+        scores[job.lr].append(float(np.mean(list(changes(metrics, means, module.HIGHER_IS_BETTER).values()))))
+    return scores
+
+
+def choose(scores: Mapping[float, Sequence[float]]) -> float:
+    """The smallest learning rate whose mean is within one standard error of the best one."""
+    best = max(scores.values(), key=np.mean)
+    bound = float(np.mean(best) - np.std(best, ddof=1) / np.sqrt(len(best)))
+    return min(lr for lr, found in scores.items() if np.mean(found) >= bound)
+
+
 def tuning_table(problems: Sequence[str], jobs: Sequence[Job], records: Mapping[tuple[Any, ...], Any]) -> str:
-    """Mean change of the validation metrics against the mean over the grid, in percent, for every learning rate."""
+    """One row a problem: the score of every learning rate, what the rule chooses, and what is used."""
     lines = []
     for problem in problems:
-        module = example(problem)
-        mine = [job for job in jobs if job.problem == problem]
-        means = {task: float(np.mean([records[key_of(job)]["metrics"][task] for job in mine])) for task in module.TASKS}
-        cells = []
-        for lr in GRID:
-            scores = [
-                np.mean(list(changes(records[key_of(job)]["metrics"], means, module.HIGHER_IS_BETTER).values()))
-                for job in mine
-                if job.lr == lr
-            ]
-            cells.append(interval([float(score) for score in scores]).text(sign=True))
-        lines.append([problem, *cells, f"{module.LR:g}"])
-    return table(["problem", *(f"lr {lr:g}" for lr in GRID), "used"], lines)
+        scores = tuning_scores(problem, jobs, records)
+        cells = [interval(scores[lr]).text(sign=True) for lr in GRID]
+        lines.append([problem, *cells, f"{choose(scores):g}", f"{example(problem).LR:g}"])
+    return table(["problem", *(f"lr {lr:g}" for lr in GRID), "chosen", "used"], lines)
 
 
 def publish(
@@ -150,7 +161,11 @@ def publish(
                   problem_table(problem, found, alone[problem])]  # fmt: skip
     parts += ["## What failed, and why", failures(rows)]
     if tuning:
-        parts += ["## Learning rates: the weighted sum on validation data, % against the mean over the grid", tuning]
+        parts += [
+            "## Learning rates: the weighted sum on validation data, % against the mean over the grid (chosen: the "
+            "smallest within one standard error of the best)",
+            tuning,
+        ]
     text = "\n\n".join(parts)
     (options.out / "multitask.md").write_text(text + "\n")
     order = ranking(rows)
@@ -204,6 +219,7 @@ def main() -> None:
     jobs = plan(problems, asked, range(options.seeds), quick=options.quick)
     grid = tuning_plan(problems, quick=options.quick) if options.tune else []
     there = read_log(log)
+    log.write_text("".join(json.dumps(record) + "\n" for record in there.values()))  # without a line that was cut off
     execute([job for job in grid + jobs if key_of(job) not in there], log, options.workers)
     records = read_log(log)
     mine = [records[key_of(job)] for job in jobs]

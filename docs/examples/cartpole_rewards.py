@@ -31,7 +31,7 @@ from mogb.specs import parse_spec
 TASKS = ("upright", "centre", "rest", "calm")
 METRICS = dict.fromkeys(TASKS, "mean reward, % of the most")
 HIGHER_IS_BETTER = dict.fromkeys(TASKS, True)
-STEPS, QUICK_STEPS, INNER, LR = 25, 3, 4, 1e-2  # a step here is a rollout, with INNER updates
+STEPS, QUICK_STEPS, INNER, LR = 25, 3, 4, 3e-2  # a step here is a rollout, with INNER updates
 METHOD_LR = 0.025  # of the parameters that some methods learn (uw, imtl_l)
 CARTS, HORIZON, DISCOUNT, CLIP = 32, 150, 0.97, 0.2
 EVALUATION_CARTS = 128

@@ -23,7 +23,7 @@ from mogb.specs import parse_spec
 TASKS = ("top left", "bottom right", "sum")
 METRICS = {"top left": "accuracy, %", "bottom right": "accuracy, %", "sum": "mean absolute error"}
 HIGHER_IS_BETTER = {"top left": True, "bottom right": True, "sum": False}
-STEPS, QUICK_STEPS, BATCH, LR = 200, 40, 64, 1e-2
+STEPS, QUICK_STEPS, BATCH, LR = 200, 20, 64, 1e-2
 METHOD_LR = 0.025  # of the parameters that some methods learn (uw, imtl_l)
 SHIFT = 3  # pixels between the two digits, of 8
 PAIRS = 2000  # to evaluate on
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default="weighted_sum,mgda,upgrad,nash_mtl", help="see `mogb list`")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="a fifth of the steps")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the steps")
     parser.add_argument("--out", type=Path, default=Path("runs/multi_digits"))
     options = parser.parse_args(arguments)
     steps = QUICK_STEPS if options.quick else STEPS
@@ -155,7 +155,7 @@ def draw(found: dict[str, dict[str, float]], networks: dict[str, TwoDigits], see
     upper, lower = figure.subfigures(2, 1)
     upper.suptitle(f"Unseen digits: what is there, and what {name} says (red: wrong)", fontsize=10)
     for i, axis in enumerate(upper.subplots(1, 8)):
-        axis.imshow(images[i, 0], cmap="gray_r")
+        axis.imshow(images[i, 0].numpy(), cmap="gray_r")
         pair = [(int(said[task][i].argmax()), int(targets[task][i])) for task in TASKS[:2]]
         text = f"{pair[0][1]} and {pair[1][1]}\n{pair[0][0]} and {pair[1][0]}, sum {float(said['sum'][i]):.1f}"
         axis.set_title(text, fontsize=8, color="black" if all(a == b for a, b in pair) else "#D55E00")

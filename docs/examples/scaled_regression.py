@@ -24,7 +24,7 @@ UNITS = {"pressure": "Pa", "progression": "points", "HDL": "mol/m³", "glucose":
 TASKS = tuple(UNITS)
 METRICS = {task: f"mean absolute error, {unit}" for task, unit in UNITS.items()}
 HIGHER_IS_BETTER = dict.fromkeys(TASKS, False)
-STEPS, QUICK_STEPS, BATCH, LR = 200, 40, 64, 1e-2
+STEPS, QUICK_STEPS, BATCH, LR = 200, 20, 64, 3e-3
 METHOD_LR = 0.025  # of the parameters that some methods learn (uw, imtl_l)
 
 
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default="weighted_sum,mgda,imtl_g,upgrad,nash_mtl", help="see `mogb list`")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="a fifth of the steps")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the steps")
     parser.add_argument("--out", type=Path, default=Path("runs/scaled_regression"))
     options = parser.parse_args(arguments)
     steps = QUICK_STEPS if options.quick else STEPS
