@@ -51,8 +51,8 @@ def averaged(ranks: Ranks, updates: Sequence[Update]) -> list[Update]:
     return [(param, grad if is_sharded(param) else next(plain)) for param, grad in updates]
 
 
-def add_to_grads(updates: Iterable[Update]) -> None:
-    """Adds to every ``.grad``."""
+def add_to_grads(updates: Iterable[Update], *, fresh: bool = False) -> None:
+    """Adds to every ``.grad``; ``fresh`` if nobody else holds what is added, so that it needs no copy."""
     with torch.no_grad():
         for param, grad in updates:
             if param.grad is not None:
@@ -60,7 +60,8 @@ def add_to_grads(updates: Iterable[Update]) -> None:
             elif is_sharded(param) and not is_sharded(grad):  # a direction made of local shards
                 param.grad = sharded_like(param, grad)
             else:
-                param.grad = grad.detach().to(param.dtype).reshape(param.shape).clone()
+                own = grad.detach().to(param.dtype).reshape(param.shape)
+                param.grad = own if fresh else own.clone()
 
 
 def _differentiate_sharded(

@@ -153,7 +153,7 @@ class RepresentationSource:
         trunk = self.plan.shared
         cotangents = [part.to(tensor.dtype) for part, tensor in zip(direction, params, strict=True)]
         grads = torch.autograd.grad(params, trunk, cotangents, retain_graph=self.retain_graph, allow_unused=True)
-        updates = averaged(self.ranks, present(trunk, grads))
+        updates = averaged(self.ranks, [(param, grad.clone()) for param, grad in present(trunk, grads)])
         if not all_finite([grad for _, grad in updates]):
             raise NonFiniteError("direction", None)
         return updates, 1
@@ -166,8 +166,8 @@ class RepresentationSource:
             self.losses, self.plan, weights, self.ranks, self._factor, retain_graph=self.retain_graph
         )
 
-    def blame(self) -> NonFiniteError:
-        return NonFiniteError("gradient", guilty(self.losses, self.plan))
+    def blame(self, suspect: int | None) -> NonFiniteError:
+        return NonFiniteError("gradient", guilty(self.losses, self.plan) if suspect is None else suspect)
 
 
 @dataclass(frozen=True, eq=False)

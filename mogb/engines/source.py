@@ -79,5 +79,7 @@ class LossSource:
             self.losses, self.plan, weights, self.ranks, self._factor, retain_graph=self.retain_graph
         )
 
-    def blame(self) -> NonFiniteError:
-        return NonFiniteError("gradient", guilty(self.losses, self.plan))
+    def blame(self, suspect: int | None) -> NonFiniteError:
+        # Zero times infinity is not a number: in one vectorized pass, a bad objective spoils the rows of others.
+        sure = suspect is not None and self.engine != "batched"
+        return NonFiniteError("gradient", suspect if sure else guilty(self.losses, self.plan))

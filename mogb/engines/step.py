@@ -69,7 +69,10 @@ class Source(Protocol):
         """This rank's rows, as ``take`` hands them out, joined with the others'; ``whole`` if coordinates are read."""
 
     def land(self, params: Sequence[Tensor], direction: Sequence[Tensor]) -> tuple[list[Update], int]:
-        """From a direction in the space of the rows to what goes into ``.grad``, and the passes spent."""
+        """From a direction in the space of the rows to what goes into ``.grad``, and the passes spent.
+
+        Nobody else may hold the tensors, unless they are the direction itself.
+        """
 
     def gramian(self) -> tuple[Float64[np.ndarray, "K K"], int]:
         """The scaled Gramian over all ranks, and the passes spent; the graph is kept."""
@@ -77,8 +80,8 @@ class Source(Protocol):
     def weighted(self, weights: Float64[np.ndarray, " K"]) -> tuple[list[Update], int]:
         """The scaled gradient of ``weights @ losses`` over all ranks, and the passes spent."""
 
-    def blame(self) -> NonFiniteError:
-        """The error for a combined gradient that is not finite."""
+    def blame(self, suspect: int | None) -> NonFiniteError:
+        """The error for a gradient that is not finite: of one objective, or of a combination, with None."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +152,8 @@ def from_rows(source: Source, rows: Rows, grouping: Grouping) -> Outcome:
     if grouping.whole:
         with grouping.undone_on_failure():
             outcome, updates = _direct(source, rows.params, rows.take, grouping.prototype, rows.passes)
-        add_to_grads(own + updates)
+        add_to_grads(own)
+        add_to_grads(updates, fresh=grouping.prototype.yields_weights)  # other directions may be rows
         return outcome
     groups = grouping.split(rows.params)
     parts, updates, jacobian = [], own, rows.take()
@@ -220,7 +224,7 @@ def add_weighted(source: Source, solution: Solution) -> int:
     """
     updates, passes = source.weighted(solution.weights)
     if source.ranks.any(not all_finite([local_part(grad) for _, grad in updates])):
-        raise source.blame() if source.scale is None else NonFiniteError("direction", None)
+        raise NonFiniteError("gradient", None)
     add_to_grads(updates)
     return passes
 
@@ -228,6 +232,7 @@ def add_weighted(source: Source, solution: Solution) -> int:
 def skipped_or_raised(source: Source, error: NonFiniteError) -> Outcome:
     """Under a gradient scaler, a step that overflowed: every ``.grad`` gets Inf, which the scaler looks for."""
     if source.scale is None or error.what == "loss":
+        error = source.blame(error.index) if error.what == "gradient" else error
         name = None if source.names is None or error.index is None else source.names[error.index]
         raise NonFiniteError(error.what, error.index, name) from None
     for param in source.targets:

@@ -108,8 +108,8 @@ class TermSource:
         )
         return averaged(self.ranks, present(self.params, grads)), 1
 
-    def blame(self) -> NonFiniteError:
-        return NonFiniteError("direction", None)
+    def blame(self, suspect: int | None) -> NonFiniteError:
+        return NonFiniteError("direction" if suspect is None else "gradient", suspect)
 
     def _passes(self) -> int:
         report = self.means.report()

@@ -45,6 +45,7 @@ from mogb.engines.per_sample.tape import checkpoint
 from mogb.engines.report import Report
 from mogb.engines.scaling import scale_of
 from mogb.engines.step import add_weighted, balance
+from mogb.errors import NonFiniteError
 from mogb.jacobian import Jacobian
 
 Coefficients = Float[Tensor, "K B J"] | Float[Tensor, "K B"] | np.ndarray
@@ -283,7 +284,10 @@ class PerSample:
                 f"weights must have one number per objective, {len(problem)}, but got the shape {list(array.shape)}."
             )
         source = self._source(problem, "auto", None, Ranks(None), None, streams=False, retain_graph=retain_graph)
-        add_weighted(source, Solution(array))
+        try:
+            add_weighted(source, Solution(array))
+        except NonFiniteError as error:
+            raise source.blame(error.index) from None
 
     def backward(
         self,
