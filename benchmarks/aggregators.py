@@ -41,31 +41,27 @@ TRUTHS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def pairs() -> dict[str, tuple[Callable[[], Call], Callable[[int], Call] | None]]:
+def pairs() -> dict[str, tuple[Callable[[int], Call], Callable[[int], Call] | None]]:
     """Every method of mogb's first list, with its counterpart in TorchJD at the same settings."""
     from torchjd import aggregation as peer
 
     return {
-        "mean": (lambda: mogb.make("weighted_sum"), lambda k: peer.Mean()),
-        "sum": (lambda: _summed, lambda k: peer.Sum()),
-        "mgda": (lambda: mogb.make("mgda"), lambda k: peer.MGDA()),
-        "marble": (lambda: mogb.make("marble"), None),
-        "pcgrad": (lambda: mogb.make("pcgrad"), lambda k: peer.PCGrad()),
-        "nash_mtl": (lambda: mogb.make("nash_mtl", max_norm=0), lambda k: peer.NashMTL(n_tasks=k, max_norm=0.0)),
-        "cagrad": (lambda: mogb.make("cagrad", c=0.5, rescale=0), lambda k: peer.CAGrad(c=0.5)),
-        "imtl_g": (lambda: mogb.make("imtl_g"), lambda k: peer.IMTLG()),
-        "aligned_mtl": (lambda: mogb.make("aligned_mtl"), lambda k: peer.AlignedMTL()),
-        "upgrad": (lambda: mogb.make("upgrad"), lambda k: peer.UPGrad()),
-        "dualproj": (lambda: mogb.make("dualproj"), lambda k: peer.DualProj()),
-        "config": (lambda: mogb.make("config"), lambda k: peer.ConFIG()),
-        "fairgrad": (lambda: mogb.make("fairgrad"), lambda k: peer.FairGrad(alpha=1.0)),
-        "graddrop": (lambda: mogb.make("graddrop"), lambda k: peer.GradDrop()),
-        "rlw": (lambda: mogb.make("rlw"), lambda k: peer.Random()),
+        "mean": (lambda k: mogb.make("weighted_sum"), lambda k: peer.Mean()),
+        "sum": (lambda k: mogb.make("weighted_sum", weights=[1.0] * k), lambda k: peer.Sum()),
+        "mgda": (lambda k: mogb.make("mgda"), lambda k: peer.MGDA()),
+        "marble": (lambda k: mogb.make("marble"), None),
+        "pcgrad": (lambda k: mogb.make("pcgrad"), lambda k: peer.PCGrad()),
+        "nash_mtl": (lambda k: mogb.make("nash_mtl", max_norm=0), lambda k: peer.NashMTL(n_tasks=k, max_norm=0.0)),
+        "cagrad": (lambda k: mogb.make("cagrad", c=0.5, rescale=0), lambda k: peer.CAGrad(c=0.5)),
+        "imtl_g": (lambda k: mogb.make("imtl_g"), lambda k: peer.IMTLG()),
+        "aligned_mtl": (lambda k: mogb.make("aligned_mtl"), lambda k: peer.AlignedMTL()),
+        "upgrad": (lambda k: mogb.make("upgrad"), lambda k: peer.UPGrad()),
+        "dualproj": (lambda k: mogb.make("dualproj"), lambda k: peer.DualProj()),
+        "config": (lambda k: mogb.make("config"), lambda k: peer.ConFIG()),
+        "fairgrad": (lambda k: mogb.make("fairgrad"), lambda k: peer.FairGrad(alpha=1.0)),
+        "graddrop": (lambda k: mogb.make("graddrop"), lambda k: peer.GradDrop()),
+        "rlw": (lambda k: mogb.make("rlw"), lambda k: peer.Random()),
     }
-
-
-def _summed(jacobian: torch.Tensor) -> torch.Tensor:
-    return mogb.make("weighted_sum", weights=[1.0] * len(jacobian))(jacobian)
 
 
 def jacobian_of(size: int, length: int, seed: int) -> torch.Tensor:
@@ -103,7 +99,7 @@ def run_cell(method: str, size: int, length: int, repeats: int, seed: int, skip_
     """Both implementations of one method on one Jacobian."""
     make_ours, make_theirs = pairs()[method]
     jacobian = jacobian_of(size, length, seed)
-    ours = make_ours()
+    ours = make_ours(size)
     calls: dict[str, Callable[[], object]] = {"mogb": lambda: ours(jacobian)}
     cell: dict[str, Any] = {"method": method, "K": size, "N": length}
     our_direction = ours(jacobian)
