@@ -116,7 +116,8 @@ def _from_tensor(losses: Float[Tensor, " K"]) -> Losses:
         raise ValueError("losses is empty: pass at least one loss.")
     scalars = tuple(_as_scalar(loss, f"losses[{index}]") for index, loss in enumerate(losses.unbind()))
     node = losses.grad_fn
-    if node is None or not type(node).__name__.startswith("StackBackward"):
+    hooked = bool(getattr(losses, "_backward_hooks", None))  # as by fully_shard, on what its module returns
+    if node is None or hooked or not type(node).__name__.startswith("StackBackward"):
         return _plain(scalars, None)
     roots, seeds = [], []
     for index, (below, output) in enumerate(node.next_functions):
