@@ -113,15 +113,15 @@ def draw(rows: Mapping[str, Sequence[Row]], path: pathlib.Path) -> None:
         return
     methods = [found.methods[i] for i in found.order]
     with styled():
-        left, panel, height = 0.3 + 0.075 * max(map(len, methods)), 3.3, 1.35 + 0.205 * len(methods)
+        left, panel, height = 0.3 + 0.075 * max(map(len, methods)), 3.3, 1.7 + 0.205 * len(methods)
         width = left + len(rows) * (panel + 0.15) + 0.1
         figure = new_figure(width, height)
         for column, (problem, mine) in enumerate(rows.items()):
             place = (left + column * (panel + 0.15)) / width
-            axis = figure.add_axes((place, 0.62 / height, panel / width, 0.205 * len(methods) / height))
+            axis = figure.add_axes((place, 0.97 / height, panel / width, 0.205 * len(methods) / height))
             _panel(axis, methods, {row.method: row for row in mine}, problem)
             axis.tick_params(labelleft=column == 0)
-        _legend(figure, height)
+        _legend(figure)
         headline(
             figure,
             "Δm against training each task alone",
@@ -160,7 +160,7 @@ def _panel(axis, methods, rows, problem):  # type: ignore[no-untyped-def]
         axis.spines[side].set_visible(False)
 
 
-def _legend(figure, height):  # type: ignore[no-untyped-def]
+def _legend(figure):  # type: ignore[no-untyped-def]
     from matplotlib.lines import Line2D
 
     names = {

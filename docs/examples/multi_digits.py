@@ -12,7 +12,6 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -161,10 +160,12 @@ def draw(found: dict[str, dict[str, float]], networks: dict[str, TwoDigits], see
         axis.set_title(text, fontsize=8, color="black" if all(a == b for a, b in pair) else "#D55E00")
         axis.axis("off")
     for task, axis in zip(TASKS, lower.subplots(1, 3, sharey=True), strict=True):
+        better = "right" if HIGHER_IS_BETTER[task] else "left"
         values = [metrics[task] for metrics in found.values()]
-        axis.barh(list(found), values, color=["#666666"] + ["#0072B2"] * (len(values) - 1))
-        axis.set_title(f"{task}: {METRICS[task]}", fontsize=9)
-        axis.set_xlim(0 if task == "sum" else max(0, np.floor(min(values)) - 3), max(values) * 1.01)
+        axis.scatter(values, list(found), color=["#666666"] + ["#0072B2"] * (len(values) - 1))
+        axis.axvline(values[0], color="#666666", linewidth=0.8, linestyle="--")
+        axis.set_title(f"{task}: {METRICS[task]} ({better} is better)", fontsize=9)
+        axis.grid(axis="x", color="#DDDDDD")
     lower.axes[0].invert_yaxis()
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / "multi_digits.png", dpi=120)

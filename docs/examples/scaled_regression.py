@@ -152,9 +152,9 @@ def draw(found: dict[str, dict[str, float]], seed: int, folder: Path) -> None:
     axis.set_xticks(
         range(len(TASKS)), [f"{task}\nspread {data.std[k]:.3g} {UNITS[task]}" for k, task in enumerate(TASKS)]
     )
-    axis.set_ylabel("error / error of predicting the mean")
-    axis.set_title("The large units drown the small ones, unless gradients are balanced", fontsize=10)
-    axis.legend(fontsize=8, ncols=len(found), loc="lower center", frameon=True)
+    axis.set_ylabel("mean absolute error / that of the mean")
+    axis.set_title(f"Unseen patients, seed {seed}: 1 is what predicting the mean for everybody gives", fontsize=10)
+    figure.legend(fontsize=8, ncols=len(found), loc="outside lower center", frameon=False)
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / "scaled_regression.png", dpi=120)
     print(f"Picture: {folder / 'scaled_regression.png'}")
