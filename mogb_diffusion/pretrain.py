@@ -56,7 +56,7 @@ class Settings:
     warmup: int = 50
     cooldown: float = 0.25
     ema: float = 0.98
-    signs: float = 0.375
+    signs: float = 0.3125
     no_caption: float = 0.08
     random_letters: float = 0.75
 
@@ -279,17 +279,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     defaults = Settings()
     parser = argparse.ArgumentParser(
         prog="python -m mogb_diffusion.pretrain",
-        description="Pre-train the model of the tiny world by flow matching.",
+        description="Pre-train the model of the tiny world by flow matching, and measure its rewards.",
         epilog="example: python -m mogb_diffusion.pretrain --out runs/pretrain --seed 0",
     )
     parser.add_argument("--out", type=Path, required=True, help="directory of the checkpoints; continued if it has any")
-    parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument("--seed", type=int, default=defaults.seed, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=defaults.steps, help="of the optimizer (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=defaults.batch, help="pictures per step (default: %(default)s)")
     parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints (default: %(default)s)")
+    parser.add_argument("--pictures", type=int, default=960, help="to measure the rewards on (default: %(default)s)")
     given = parser.parse_args(arguments)
     settings = Settings(seed=given.seed, steps=given.steps, batch=given.batch)
-    print(train(settings, given.out, save_every=given.save_every))
+    weights = train(settings, given.out, save_every=given.save_every)
+    described = weights.with_suffix(".json")
+    described.write_text(json.dumps(describe(weights, settings, given.pictures), indent=2) + "\n")
+    print(f"{weights}\n{described}")
+
+
+def describe(weights: Path, settings: Settings, pictures: int) -> dict[str, Any]:
+    """How a file of weights was made and what its pictures are worth."""
+    command = f"python -m mogb_diffusion.pretrain --out DIR --seed {settings.seed} --steps {settings.steps}"
+    pipeline = tiny.load(weights)
+    return {
+        "command": f"{command} --batch {settings.batch}",
+        "torch": torch.__version__,
+        "settings": asdict(settings),
+        "nuisances": asdict(Nuisances()),
+        "sampling": {"steps": 8, "guidance_scale": 1.0, "pictures": pictures, "pictures_per_prompt": 4},
+        "rewards": {split: measure(pipeline, split=split, count=pictures) for split in ("held_out", "train")},
+    }
 
 
 if __name__ == "__main__":

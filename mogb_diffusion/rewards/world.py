@@ -298,7 +298,7 @@ def detect(images: Float[Tensor, "B 3 H W"]) -> list[dict[str, list[dict[str, An
     inked = (ink.norm(dim=1) > _INK) & (chroma > _INK / 2)
     masks = (F.one_hot(color, len(COLORS)).bool() & inked.unsqueeze(-1)).permute(0, 3, 1, 2).numpy()
     within_picture = np.zeros((3, 3, 3, 3), dtype=bool)
-    within_picture[1, 1] = ndimage.generate_binary_structure(2, 1)
+    within_picture[1, 1] = True  # pixels that touch at a corner are connected, too
     labels, _ = ndimage.label(masks, structure=within_picture)
     found: list[dict[str, list[dict[str, Any]]]] = [{} for _ in range(len(images))]
     windows, where = [], []

@@ -38,7 +38,7 @@ PALETTE = {
 }
 
 _STAMPS = {
-    "circle": (".###.", "#####", "#####", "#####", ".###."),
+    "circle": (".###.", "#...#", "#...#", "#...#", ".###."),
     "square": ("#####", "#####", "#####", "#####", "#####"),
     "triangle": ("..#..", "..#..", ".###.", ".###.", "#####"),
 }
@@ -87,10 +87,10 @@ class Nuisances:
     """
 
     misspelled: float = 0.4
-    mistaken: float = 0.3
+    mistaken: float = 0.25
     texture: float = 0.6
     pale: float = 0.4
-    blur: float = 0.35
+    blur: float = 0.25
     noise: float = 0.25
 
 
@@ -194,7 +194,7 @@ def _with_nuisances(pictures: Tensor, generator: torch.Generator, nuisances: Nui
         for index, name in enumerate(("texture", "pale", "blur", "noise"))
     )
     paper = (pictures == 1).all(dim=1, keepdim=True)
-    contrast = 1 - pale * (0.3 + 0.35 * uniform[:, 4].view(-1, 1, 1, 1))
+    contrast = 1 - pale * (0.25 + 0.3 * uniform[:, 4].view(-1, 1, 1, 1))
     pictures = 1 - contrast * (1 - pictures)
     pictures = torch.where(paper, 1 - texture * _texture(uniform[:, 5:13]), pictures)
     softened = torch.nn.functional.avg_pool2d(pictures, 3, stride=1, padding=1, count_include_pad=False)
@@ -210,7 +210,7 @@ def _texture(uniform: Tensor) -> Tensor:
     along = torch.arange(SIZE)
     phase = (along.view(1, 1, -1) * step_x + along.view(1, -1, 1) * (step_y + (step_x == 0))) % period
     tint = 0.3 + 0.7 * uniform[:, 3:6]
-    amplitude = 0.1 + 0.2 * uniform[:, 6]
+    amplitude = 0.1 + 0.15 * uniform[:, 6]
     return (phase < period // 2).float().unsqueeze(1) * (tint * amplitude.unsqueeze(1)).view(-1, 3, 1, 1)
 
 

@@ -233,8 +233,8 @@ def test_texture_is_on_paper_and_pale_ink_on_ink():
     pale = draw(prompts, generator(5), nuisances=draws(["pale"]))
     assert float((pale - clean)[paper].abs().max()) < 1e-6
     kept = ((1 - pale) / (1 - clean))[~paper]
-    assert kept.min() > 0.34
-    assert kept.max() < 0.71
+    assert kept.min() > 0.44
+    assert kept.max() < 0.76
 
 
 def test_drawing_is_fast():
