@@ -25,7 +25,8 @@ CHUNK_CUDA = 1 << 24
 # Float32 sums are short and added up in float64, as one long float32 sum over a million columns loses up to five
 # digits. Columns of one sum: in matrix products, and in the single inner products that beat them for few long rows.
 SHORT, SHORT_ALONE = 1 << 12, 1 << 15
-# Long rows that are neither few nor many are multiplied in one batch of matrix products.
+# Long rows that are neither few nor many are multiplied in one batch of products, whose sums are rounded more coarsely.
+SHORT_IN_BATCH = 1 << 11
 MANY_COLUMNS = 1 << 14
 FEW_ROWS, MANY_ROWS = 5, 32
 # Up to this many numbers, float32 rows are multiplied in float64: it costs microseconds.
@@ -183,8 +184,8 @@ def _short_products(rows: Float32[Tensor, "K n"]) -> list[np.ndarray]:
         return [(part @ part.mT).numpy() for part in _split(rows, SHORT)]
     if len(rows) <= FEW_ROWS:
         return [_inner_products(part.numpy()) for part in _split(rows, SHORT_ALONE)]
-    whole = rows.shape[1] // SHORT * SHORT
-    pieces = rows[:, :whole].unflatten(1, (-1, SHORT)).transpose(0, 1)
+    whole = rows.shape[1] // SHORT_IN_BATCH * SHORT_IN_BATCH
+    pieces = rows[:, :whole].unflatten(1, (-1, SHORT_IN_BATCH)).transpose(0, 1)
     rest = rows[:, whole:]
     return [torch.bmm(pieces, pieces.mT).sum(0, dtype=torch.float64).numpy(), (rest @ rest.mT).numpy()]
 
