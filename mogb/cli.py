@@ -1,4 +1,4 @@
-"""The command line: ``mogb list | show | cite | compare | report | front``.
+"""The command line: ``mogb list | show | cite | compare | report | front | recommend``.
 
 Exit status: 0 done (also if some runs failed: they are rows of the table), 1 the work failed (every run failed, a disk
 is full), 2 bad arguments or input, with one line on stderr that says what to do, 130 interrupted.
@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,15 +19,17 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from mogb import __version__
+from mogb.aggregators import registered
 from mogb.catalog import cite, describe, list_aggregators, list_problems, list_wrappers
 from mogb.compare import DEFAULT_SEEDS, LAUNCH_METHODS, QUICK_PROBLEMS, InputError, Plan, run_plan
 from mogb.compare.merge import merge_folders, read_summary
 from mogb.compare.progress import Watch, duration
 from mogb.compare.store import open_store
 from mogb.compare.summary import Summary
-from mogb.compare.tables import overall_table
+from mogb.compare.tables import overall_table, percent
 from mogb.front import FILES, Reached, Sweep, sweep_front, write_front
 from mogb.problems import registered_problems
+from mogb.recommend import Answer, Facts, Needs, behaviour, recommend
 from mogb.report import check_figures, write_report
 from mogb.specs import SpecError, parse_spec, parse_specs
 
@@ -43,6 +46,23 @@ FRONT_EXAMPLES = """examples:
   mogb front "stch(mu=0.1)" --problem dtlz2 --points 21
   mogb front nash_mtl --problem fonseca_2d --points 20 --seeds 3     it has no preference: starting points
 """
+
+
+RECOMMEND_EXAMPLES = """examples:
+  mogb recommend --scale-free --conflict-free
+  mogb recommend --cheap --losses-may-be-negative --objectives 5
+  mogb recommend --noisy --stateless --json
+"""
+NEEDS = {
+    "scale_free": "rescaling one loss must not turn the direction",
+    "conflict_free": "no step may point against a gradient of its mini-batch",
+    "cheap": "one backward pass per step, not one per objective",
+    "stateless": "nothing to save, no extra calls in the training loop",
+    "losses_may_be_negative": "leave out methods that take logarithms or ratios of losses",
+    "jacobian_ok": "all gradients may be kept at once, whole",
+    "preference": "some objectives may matter more than others",
+    "noisy": "order by conflicts with exact gradients on noisy problems",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -99,6 +119,11 @@ def _parser() -> argparse.ArgumentParser:
 
     command = _command(commands, "front", _front, "sweep a method's preferences or starting points", FRONT_EXAMPLES)
     _front_options(command)
+
+    command = _command(
+        commands, "recommend", _recommend, "which methods meet your needs, best first", RECOMMEND_EXAMPLES
+    )  # fmt: skip
+    _recommend_options(command)
     return parser
 
 
@@ -170,6 +195,16 @@ def _front_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--no-figures", action="store_true", help="no front.png; needs no matplotlib")
 
 
+def _recommend_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--objectives", metavar="K", type=_positive, help="how many, for the time of a solve; default: 4"
+    )
+    for name, text in NEEDS.items():
+        command.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
+    command.add_argument("--all", action="store_true", help="every method that fits, not only the first ten")
+    command.add_argument("--json", action="store_true", help="everything that is known, as JSON")
+
+
 def _list(options: argparse.Namespace) -> int:
     entries = list_aggregators() if options.what == "aggregators" else list_problems()
     if options.json:
@@ -225,6 +260,54 @@ def _report(options: argparse.Namespace) -> int:
     if summary.missing:
         _say(f"mogb report: {len(summary.missing)} planned runs have no result yet, such as {summary.missing[0]!r}.", 0)
     return _finish(summary, folder, options, whole=True)
+
+
+def _recommend(options: argparse.Namespace) -> int:
+    needs = Needs(objectives=options.objectives, **{name: getattr(options, name) for name in NEEDS})
+    answer = recommend(needs)
+    if options.json:
+        print(json.dumps(asdict(answer), indent=2))
+        return 0
+    objectives = needs.objectives or 4
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("method", "rank [95 %]", "arrived", "conflicts", "held out", "passes", f"µs, K = {objectives}",
+                   "state", "asks for"):  # fmt: skip
+        table.add_column(column, no_wrap=True)
+    shown = answer.fitting if options.all else answer.fitting[:10]
+    for facts in shown:
+        table.add_row(*_known(facts, objectives))
+    if shown:
+        _console().print(table, highlight=False)
+    for sentence in _sentences(answer, len(shown)):
+        print(sentence)
+    return 0
+
+
+def _known(facts: Facts, objectives: int) -> list[str]:
+    rank, solve = facts.measured.get("rank"), facts.microseconds(objectives)
+    return [
+        facts.name, "not measured" if rank is None else f"{rank[0]:.1f} [{rank[1]:.1f}, {rank[2]:.1f}]",
+        *(percent(facts.measured.get(name)) for name in ("arrived", "conflicts", "held_out_conflicts")),
+        facts.passes, "-" if solve is None else f"{solve:.0f}", facts.state, ", ".join(facts.phases) or "nothing",
+    ]  # fmt: skip
+
+
+def _sentences(answer: Answer, shown: int) -> Iterator[str]:
+    count, total = len(answer.fitting), len(registered())
+    yield f"{count} of {total} methods fit{f', the first {shown} are shown' if shown < count else ''}."
+    if answer.left_out:
+        label = {"jacobian_ok": "no --jacobian-ok"}
+        parts = [f"{label.get(name, '--' + name.replace('_', '-'))} {n}" for name, n in answer.left_out.items()]
+        yield f"Left out, each on its own: {', '.join(parts)}."
+    if answer.tied > 1:
+        yield f"The first {answer.tied} cannot be told apart: their intervals overlap."
+    if answer.hint:
+        yield answer.hint
+    measured = behaviour()["comparison"]
+    yield (
+        f"Measured on {len(measured['problems'])} toy problems: rank by distance to the front, held out against exact "
+        "gradients. Compare on yours: mogb compare."
+    )
 
 
 def _front(options: argparse.Namespace) -> int:

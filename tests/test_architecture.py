@@ -42,6 +42,7 @@ LAYERS = {
         ),
         ("torch", "numpy", "jaxtyping"),
     ),
+    "mogb.recommend": (("mogb.base", "mogb.aggregators"), ("torch",)),
     "mogb.plotting": (
         ("mogb.compare", "mogb.front", "mogb.problems", "mogb.metrics"),
         ("torch", "numpy", "scipy", "jaxtyping", "matplotlib"),
@@ -49,8 +50,8 @@ LAYERS = {
     "mogb.report": (("mogb", "mogb.compare", "mogb.plotting", "mogb.aggregators", "mogb.specs"), ("numpy",)),
     "mogb.cli": (
         (
-            "mogb", "mogb.base", "mogb.catalog", "mogb.compare", "mogb.front", "mogb.report", "mogb.aggregators",
-            "mogb.specs", "mogb.problems", "mogb.wrappers",
+            "mogb", "mogb.base", "mogb.catalog", "mogb.compare", "mogb.front", "mogb.recommend", "mogb.report",
+            "mogb.aggregators", "mogb.specs", "mogb.problems", "mogb.wrappers",
         ),
         ("rich",),
     ),

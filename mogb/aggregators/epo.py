@@ -77,6 +77,10 @@ class EPO(GramianLossAggregator, name="epo"):
     eps: float = 1e-4
     restricted: bool = True
 
+    @property
+    def needs_positive_losses(self) -> bool:
+        return True
+
     def _check(self) -> None:
         if self.preference is not None:
             object.__setattr__(self, "preference", positive_numbers(self.preference, "preference"))
