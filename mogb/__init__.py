@@ -10,6 +10,7 @@ from mogb.base import Aggregator, Promise, Reference, Solution
 from mogb.engines.backward import Report, backward
 from mogb.engines.balancer import Balancer
 from mogb.errors import DistributedError, NonFiniteError
+from mogb.monitor import Monitor
 from mogb.solvers import MinNormResult, min_norm
 
 try:
@@ -22,6 +23,7 @@ __all__ = [
     "Balancer",
     "DistributedError",
     "MinNormResult",
+    "Monitor",
     "NonFiniteError",
     "Promise",
     "Reference",

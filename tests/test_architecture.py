@@ -24,6 +24,9 @@ LAYERS = {
     "mogb.noise": (("mogb.base", "mogb.engines", "mogb.jacobian"), ("torch", "numpy", "jaxtyping")),
     "mogb.problems": ((), ("torch", "numpy", "jaxtyping")),
     "mogb.metrics": (("mogb.solvers",), ("torch", "numpy", "scipy", "jaxtyping", "moocore")),
+    "mogb.monitor": (
+        ("mogb.engines", "mogb.solvers", "mogb.plotting"), ("torch", "numpy", "jaxtyping", "wandb"),
+    ),
     "mogb.specs": (("mogb.base", "mogb.aggregators", "mogb.wrappers"), ()),
     "mogb.compare": (
         (
@@ -57,13 +60,13 @@ LAYERS = {
     ),
     "mogb.__main__": (("mogb.cli",), ()),
     "mogb.__init__": (
-        ("mogb.base", "mogb.errors", "mogb.aggregators", "mogb.engines", "mogb.solvers"),
+        ("mogb.monitor", "mogb.base", "mogb.errors", "mogb.aggregators", "mogb.engines", "mogb.solvers"),
         (),
     ),
 }  # fmt: skip
 
 # Heavy or optional packages are imported inside the function that needs them.
-LAZY = {"matplotlib", "moocore", "quadprog", "torchjd"}
+LAZY = {"wandb", "matplotlib", "moocore", "quadprog", "torchjd"}
 STANDARD = set(__import__("sys").stdlib_module_names)
 
 
