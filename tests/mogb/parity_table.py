@@ -1,13 +1,12 @@
-"""Every reference case of the launch methods beside ours: ``python tests/mogb/parity_table.py`` prints the table.
+"""Every reference case beside ours: ``python -m tests.mogb.parity_table`` prints the table.
 
 ``cases/aggregators.json`` holds directions computed with the official code of each method, and independent exact ones.
 A case whose deviation is above the tolerance of its kind is an exception: it is listed here with the reason and with a
-check that ours is the better answer. Cases of methods that are tested elsewhere are named in ``ELSEWHERE``.
+check that ours is the better answer. The later methods, problems and metrics are in ``parity_rest.py``.
 """
 
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import pathlib
@@ -22,6 +21,11 @@ from mogb.base import needs_losses
 from mogb.wrappers.logarithmic import Logarithmic
 from mogb.wrappers.smoothed import Smoothed
 
+try:
+    from parity_rest import COMPARED, pairs, reason
+except ImportError:  # started as python -m tests.mogb.parity_table
+    from tests.mogb.parity_rest import COMPARED, pairs, reason
+
 FILE = pathlib.Path(__file__).parents[1] / "cases" / "aggregators.json"
 # By what computed the reference: float32 code in closed form, a numerical solver, or float64 to the last digits.
 FLOAT32, SOLVER, EXACT = 1e-4, 1e-3, 1e-8
@@ -35,24 +39,6 @@ LENGTHS = {
     "TrackArithmeticAverage": "track_arithmetic_average",
     "TrackGeometricAverage": "track_geometric_average",
 }
-ELSEWHERE = {
-    "populations and preference rays": ("epo", "epo_adjustments", "ferero", "paretomtl", "paretomtl_init"),
-    "methods of two batches": (
-        "libmtl_MoDo", "torchjd_MoDo", "sdmgrad", "toy_sdmgrad", "torchjd_SDMGrad", "libmtl_SDMGrad",
-    ),
-    "stateful methods beside these": (
-        "famo", "famo_sequence", "libmtl_FAMO", "torchjd_scalar_FAMO_sequence", "libmtl_GradVac_sequence",
-        "torchjd_GradVac", "torchjd_GradVac_sequence", "libmtl_MoCo", "libmtl_MoCo_sequence", "libmtl_DB_MTL",
-        "libmtl_DB_MTL_sequence", "libmtl_ExcessMTL_sequence", "torchjd_ExcessMTL_sequence", "torchjd_PCD", "go4align",
-        "dwa", "libmtl_DWA",
-    ),
-    "scalarizations beside these": (
-        "uw", "libmtl_UW", "libmtl_GLS", "libmtl_STCH", "torchjd_scalar_GeometricMean", "torchjd_scalar_IMTLL",
-        "torchjd_scalar_PBI", "torchjd_scalar_STCH",
-    ),
-    "Jacobian readers beside these": ("torchjd_TrimmedMean",),
-    "problems and metrics": ("toy_problem_values", "vlmop2_values", "mtl_metrics"),
-}  # fmt: skip
 
 
 @functools.cache
@@ -282,13 +268,28 @@ def rows():
             weights = mogb.make("weighted_sum").weights(losses=torch.tensor(case["settings"]["losses"]))
             deviation = float((weights - torch.tensor(case["expected_weights"])).norm())
             found.append(Row(case["id"], case["method"], "-", "weighted_sum", deviation, FLOAT32))
+        elif case["method"] in COMPARED:
+            found.append(_compare_pairs(case))
     return found
 
 
 def unaccounted():
-    """Reference methods that are neither compared here nor named in ELSEWHERE."""
-    known = {*OURS, *SEQUENCES, "torchjd_scalar_Mean", *itertools.chain.from_iterable(ELSEWHERE.values())}
+    """Reference methods that are compared nowhere."""
+    known = {*OURS, *SEQUENCES, "torchjd_scalar_Mean", *COMPARED}
     return sorted({case["method"] for case in reference()["cases"]} - known)
+
+
+def _compare_pairs(case):
+    """The largest deviation of all pairs, each relative to the norm of the reference."""
+    deviation = math.nan
+    for ours, theirs in pairs(case, reference()["matrices"]):
+        one, other = (torch.as_tensor(np.asarray(values, dtype=np.float64)) for values in (ours, theirs))
+        gap = float((one - other).norm()) / (float(other.norm()) or 1.0)
+        deviation = gap if math.isnan(deviation) else max(deviation, gap)
+    steps = len(case.get("extra", {}).get("sequence", []))
+    where = f"{steps} steps" if steps else case.get("matrix") or "-"
+    row = Row(case["id"], case["method"], where, str(case["settings"]), deviation, FLOAT32)
+    return row if row.agrees else dataclasses.replace(row, exception=reason(case))
 
 
 def _compare(case):
