@@ -88,7 +88,8 @@ def batched_rows(
             raise
         raise RuntimeError(
             "engine='batched' failed, because a part of the graph can't be vectorized (an autograd.Function without a "
-            f"vmap rule, checkpointing, or a compiled module, for example): use engine='sequential'. ({error})"
+            f"vmap rule, sparse gradients, or a compiled module, for example): use engine='sequential'. "
+            f"({str(error).partition('. ')[0][:300]})"
         ) from error
     refuse_sparse(targets, grads)
     blocks = []
