@@ -41,8 +41,8 @@ class Tracker:
         staging.write_text("".join(kept))
         staging.replace(path)
         self.lines = len(kept)
-        self._file = path.open("a")
         self._writers = list(_writers(folder, settings, title))
+        self._file = path.open("a")
 
     def log(self, kind: str, epoch: int, step: int, values: Mapping[str, Any]) -> None:
         """Adds a line; numbers that are not finite become null."""
