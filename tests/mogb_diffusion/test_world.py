@@ -173,7 +173,7 @@ def test_open_colors_and_places_vary():
     random = Random(0)
     placed = [lay_out(prompt.metadata["include"], random)[0] for _ in range(400)]
     assert {item.color for item in placed} == set(COLORS)
-    assert {(item.x, item.y) for item in placed} == set(itertools.product(range(0, 12, 2), repeat=2))
+    assert {(item.x, item.y) for item in placed} == {(2, 2), (2, 10), (10, 2), (10, 10)}
 
 
 def test_pictures_come_from_the_generator_alone():

@@ -91,7 +91,7 @@ LOWERS = {
     "mistaken": {"world_alignment", "world_composition"},
     "texture": {"world_preference", "world_aesthetic"},
     "pale": {"world_aesthetic"},
-    "blur": {"world_preference", "world_aesthetic", "world_alignment", "world_composition"},
+    "blur": {"world_preference", "world_aesthetic", "world_alignment"},
     "noise": {"world_preference", "world_aesthetic"},
 }
 
