@@ -16,6 +16,10 @@ from mogb_diffusion.errors import InputError
 from mogb_diffusion.prompts import Prompt
 
 BUILT_IN = {
+    "pickscore": "mogb_diffusion.rewards.pickscore:PickScore",
+    "clipscore": "mogb_diffusion.rewards.clipscore:ClipScore",
+    "hpsv2": "mogb_diffusion.rewards.hpsv2:HPSv2",
+    "aesthetic": "mogb_diffusion.rewards.aesthetic:Aesthetic",
     "world_preference": "mogb_diffusion.rewards.world:Preference",
     "world_aesthetic": "mogb_diffusion.rewards.world:Aesthetic",
     "world_alignment": "mogb_diffusion.rewards.world:Alignment",

@@ -1,0 +1,211 @@
+"""The one CLIP behind PickScore, CLIPScore, HPSv2.1 and the aesthetic predictor, and the pixels that it is given.
+
+Rewards that name the same weights share one copy of them. What happens to a picture before the first layer is fixed
+here, in our own code: it does not change with the image library or with the kind of input.
+
+Shapes: B = pictures, S = side of CLIP's input, D = embedding.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mogb_diffusion.errors import InputError
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+Pictures: TypeAlias = Tensor | Sequence[Any]  # [B, 3, H, W] in [0, 1] or uint8, or PIL images
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Clip:
+    """A frozen CLIP and its tokenizer.
+
+    Args:
+        model: A ``transformers.CLIPModel``.
+        tokenizer: Its tokenizer.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.size = int(model.config.vision_config.image_size)
+        self.scale = float(model.logit_scale.detach().float().exp())
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @torch.no_grad()
+    def images(self, pixels: Tensor) -> Tensor:
+        """The unit embeddings ``[B, D]``, in float32, of normalised pixels ``[B, 3, S, S]``."""
+        pixels = pixels.to(self.device, next(self.model.parameters()).dtype)
+        pooled = self.model.vision_model(pixel_values=pixels).pooler_output
+        return functional.normalize(self.model.visual_projection(pooled).float(), dim=-1)
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """The unit embeddings ``[B, D]``, in float32; longer texts than CLIP can take are cut."""
+        limit = int(self.model.config.text_config.max_position_embeddings)
+        tokens = self.tokenizer(
+            list(texts), padding="max_length", truncation=True, max_length=limit, return_tensors="pt"
+        )
+        chosen = {key: tokens[key].to(self.device) for key in ("input_ids", "attention_mask") if key in tokens}
+        pooled = self.model.text_model(**chosen).pooler_output
+        return functional.normalize(self.model.text_projection(pooled).float(), dim=-1)
+
+
+@cache
+def load_clip(model: str, tokenizer: str, device: str, dtype: str) -> Clip:
+    """The CLIP of this name, from the hub, its cache or a folder; one copy for all rewards that ask for the same.
+
+    Raises:
+        InputError: transformers is missing, the weights cannot be found, or an option is unknown.
+    """
+    transformers = import_transformers()
+    try:
+        found = transformers.CLIPModel.from_pretrained(model, dtype=as_dtype(dtype))
+        words = transformers.AutoTokenizer.from_pretrained(tokenizer)
+    except (OSError, ValueError) as error:
+        raise InputError(missing(model if "found" not in locals() else tokenizer, error)) from error
+    return Clip(found.to(as_device(device)), words)
+
+
+def import_transformers() -> Any:
+    """The module.
+
+    Raises:
+        InputError: It is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise InputError('This reward needs transformers: pip install "mogb[diffusion]".') from error
+    return transformers
+
+
+def as_dtype(name: str) -> torch.dtype:
+    """The dtype of this name."""
+    if name not in DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, but got {name!r}.")
+    return DTYPES[name]
+
+
+def as_device(name: str) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        InputError: There is none.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"device must be cpu, cuda or cuda:N, but got {name!r}.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device={name!r}, but torch sees no CUDA device: use device='cpu'.")
+    return device
+
+
+def missing(name: str, error: Exception) -> str:
+    """What to do about weights that are not there."""
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"The weights {name!r} cannot be loaded ({first}). Fetch them once with `hf download {name}` on a machine that "
+        "reaches the hub, or give a folder that holds them."
+    )
+
+
+def as_unit_floats(pictures: Pictures) -> Tensor:
+    """Pictures as float32 ``[B, 3, H, W]`` in [0, 1], whatever they came as.
+
+    Raises:
+        InputError: Another shape or type, or numbers outside of [0, 1].
+    """
+    if not isinstance(pictures, Tensor):
+        arrays = [np.asarray(picture.convert("RGB")) for picture in pictures]
+        pictures = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+    if pictures.ndim != 4 or pictures.shape[1] != 3:
+        raise InputError(f"images must have the shape [B, 3, H, W], but got {list(pictures.shape)}.")
+    if pictures.dtype == torch.uint8:
+        return pictures.float() / 255
+    if not pictures.is_floating_point():
+        raise InputError(f"images must be floating-point numbers in [0, 1] or uint8, but got {pictures.dtype}.")
+    pictures = pictures.detach().float()
+    low, high = pictures.aminmax() if pictures.numel() else (torch.zeros(()), torch.zeros(()))
+    if not (low >= -1e-3 and high <= 1 + 1e-3):
+        raise InputError(f"images must lie in [0, 1], but got numbers from {low:.3g} to {high:.3g}.")
+    return pictures.clamp(0, 1)
+
+
+def eight_bit(pictures: Pictures) -> Tensor:
+    """The same as uint8, rounded to the nearest of 256 levels."""
+    return (as_unit_floats(pictures) * 255).round().to(torch.uint8).cpu()
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """From [0, 1] to what CLIP was trained on."""
+    mean, std = (torch.tensor(numbers, device=pixels.device).view(3, 1, 1) for numbers in (MEAN, STD))
+    return (pixels - mean) / std
+
+
+def bicubic_crop(pictures: Pictures, size: int) -> Tensor:
+    """CLIP's own preprocessing: the short side to ``size`` with Pillow's bicubic filter in 8 bits, then the centre."""
+    from PIL import Image
+
+    out = []
+    for picture in eight_bit(pictures):
+        image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+        width, height = _short_side(image.width, image.height, size)
+        resized = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+        out.append(torch.from_numpy(_centre(resized, size).copy()).permute(2, 0, 1))
+    return normalise(torch.stack(out).float() / 255)
+
+
+def bilinear_crop(pictures: Pictures, size: int) -> Tensor:
+    """The short side to ``size`` with an antialiased bilinear filter in float, then the centre (Flow-GRPO's)."""
+    pixels = as_unit_floats(pictures)
+    width, height = _short_side(pixels.shape[3], pixels.shape[2], size)
+    pixels = functional.interpolate(pixels, (height, width), mode="bilinear", antialias=True, align_corners=False)
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return normalise(pixels[:, :, top : top + size, left : left + size])
+
+
+def bicubic_pad(pictures: Pictures, size: int) -> Tensor:
+    """The long side to ``size`` with an antialiased bicubic filter in float, black around it (HPSv2's)."""
+    pixels = as_unit_floats(pictures)
+    height, width = pixels.shape[2:]
+    ratio = size / max(height, width)
+    shape = (round(height * ratio), round(width * ratio))
+    if shape != (height, width):
+        pixels = functional.interpolate(pixels, shape, mode="bicubic", antialias=True, align_corners=False)
+    down, right = size - shape[0], size - shape[1]
+    pixels = functional.pad(pixels, (right // 2, right - right // 2, down // 2, down - down // 2))
+    return normalise(pixels)
+
+
+PREPROCESSING = {"bicubic_crop": bicubic_crop, "bilinear_crop": bilinear_crop, "bicubic_pad": bicubic_pad}
+Preprocessing: TypeAlias = Literal["bicubic_crop", "bilinear_crop", "bicubic_pad"]
+
+
+def _short_side(width: int, height: int, size: int) -> tuple[int, int]:
+    """Width and height with the short one at ``size`` and the long one rounded down, as CLIP's code does."""
+    if width <= height:
+        return size, int(size * height / width)
+    return int(size * width / height), size
+
+
+def _centre(array: np.ndarray, size: int) -> np.ndarray:
+    top, left = (array.shape[0] - size) // 2, (array.shape[1] - size) // 2
+    return array[top : top + size, left : left + size]
+
+
+def in_batches(count: int, batch_size: int) -> list[slice]:
+    """Slices that cover ``count`` items."""
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise InputError(f"batch_size must be a positive whole number, but got {batch_size!r}.")
+    return [slice(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]

@@ -1,0 +1,150 @@
+"""HPSv2.1: human preference score (Wu et al., 2023, arXiv 2306.09341), from the original checkpoint file.
+
+The file holds an OpenCLIP ViT-H/14. It is read without unpickling code, and its keys are mapped to transformers'.
+"""
+
+import re
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from mogb_diffusion.errors import InputError
+from mogb_diffusion.rewards._clip import (
+    Clip,
+    Preprocessing,
+    as_device,
+    as_dtype,
+    import_transformers,
+    missing,
+)
+from mogb_diffusion.rewards._similarity import Similarity
+
+REPOSITORY, FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
+
+# OpenCLIP's names, without the tower and the number of the block, and transformers'.
+_OUTSIDE = {
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",
+    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
+    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
+    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final.weight": "text_model.final_layer_norm.weight",
+    "ln_final.bias": "text_model.final_layer_norm.bias",
+    "logit_scale": "logit_scale",
+}
+_TRANSPOSED = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
+_INSIDE = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
+}
+_BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)[._](weight|bias)")
+
+
+class HPSv2(Similarity):
+    """The cosine between picture and prompt, without a factor.
+
+    Args:
+        weights: The checkpoint file (Apache-2.0 licence); None takes ``HPS_v2.1_compressed.pt`` of ``xswu/HPSv2`` from
+            the hub or its cache.
+        config: Whose architecture and tokenizer: a hub name or a folder.
+        device: Where it runs.
+        dtype: ``float32``, ``float16`` or ``bfloat16``.
+        batch_size: Pictures at once.
+    """
+
+    preprocessing: ClassVar[Preprocessing] = "bicubic_pad"
+
+    def __init__(
+        self,
+        weights: str | None = None,
+        config: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        device: str = "cpu",
+        dtype: str = "float32",
+        batch_size: int = 16,
+    ) -> None:
+        super().__init__(_load(weights, config, device, dtype), 1.0, batch_size)
+
+
+@cache
+def _load(weights: str | None, config: str, device: str, dtype: str) -> Clip:
+    transformers = import_transformers()
+    try:
+        words = transformers.AutoTokenizer.from_pretrained(config)
+        architecture = transformers.CLIPConfig.from_pretrained(config)
+    except (OSError, ValueError) as error:
+        raise InputError(missing(config, error)) from error
+    model = transformers.CLIPModel(architecture)
+    given = from_open_clip(read_checkpoint(Path(weights) if weights is not None else _fetch()))
+    wrong = model.load_state_dict(given, strict=False)
+    lost = [key for key in wrong.missing_keys if not key.endswith("position_ids")]
+    if lost or wrong.unexpected_keys:
+        raise InputError(
+            f"The checkpoint of HPSv2 does not fit the architecture of {config!r}: missing {lost[:3]}, unexpected "
+            f"{wrong.unexpected_keys[:3]}. Give the config that it was trained with."
+        )
+    return Clip(model.to(as_device(device), as_dtype(dtype)), words)
+
+
+def _fetch() -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(REPOSITORY, FILE))
+    except Exception as error:
+        raise InputError(missing(f"{REPOSITORY} {FILE}", error)) from error
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file. No code in it is run.
+
+    Raises:
+        InputError: The file is missing, damaged, or holds something else than tensors.
+    """
+    try:
+        held: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+    held = held.get("state_dict", held) if isinstance(held, Mapping) else held
+    if not isinstance(held, Mapping) or not all(isinstance(value, Tensor) for value in held.values()):
+        raise InputError(f"{path} holds no state_dict of tensors.")
+    return {str(key).removeprefix("module."): value for key, value in held.items()}
+
+
+def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """OpenCLIP's weights under the names of ``transformers.CLIPModel``.
+
+    Raises:
+        InputError: A name that no OpenCLIP model has.
+    """
+    mapped: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if key == "attn_mask":
+            continue
+        if key in _OUTSIDE:
+            mapped[_OUTSIDE[key]] = value
+        elif key in _TRANSPOSED:
+            mapped[_TRANSPOSED[key]] = value.T.contiguous()
+        elif match := _BLOCK.fullmatch(key):
+            visual, number, part, kind = match.groups()
+            stem = f"{'vision' if visual else 'text'}_model.encoder.layers.{number}."
+            if part == "attn.in_proj":
+                for name, third in zip("qkv", value.chunk(3), strict=True):
+                    mapped[f"{stem}self_attn.{name}_proj.{kind}"] = third.contiguous()
+            elif part in _INSIDE:
+                mapped[f"{stem}{_INSIDE[part]}.{kind}"] = value
+            else:
+                raise InputError(f"The checkpoint holds {key!r}, which is no part of an OpenCLIP model.")
+        else:
+            raise InputError(f"The checkpoint holds {key!r}, which is no part of an OpenCLIP model.")
+    return mapped
