@@ -65,6 +65,12 @@ def write(name: str, payload: dict[str, Any], markdown: str) -> None:
     print(markdown)
 
 
+def read(name: str) -> dict[str, Any] | None:
+    """What :func:`write` wrote; None if there is nothing."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]

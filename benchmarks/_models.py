@@ -134,7 +134,7 @@ def make_case(name: str, quick: bool, seed: int) -> Case:
         width, samples, side = (8, 8, 8) if quick else (16, 16, 32)
         label = f"ResNet with GroupNorm, width {width}, {side} x {side}, B = {samples}"
         return Case(label, residual_network(width), torch.randn(samples, 3, side, side))
-    width, depth, tokens, samples = (64, 2, 32, 8) if quick else (128, 6, 256, 16)
+    width, depth, tokens, samples = (64, 2, 32, 8) if quick else (128, 3, 256, 8)
     model = Encoder(16, width, depth, 4)
     if name == "lora":
         model = with_lora(model, width // 4)

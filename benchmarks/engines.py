@@ -8,22 +8,24 @@ case; ``parallel`` ones send the same cotangent into the network, up to its leng
 gradient in ``.grad``; those of mogb form the Gramian as well, TorchJD's backward does not (its aggregator is the mean).
 The forward pass is not timed. All engines run in turn, repetition by repetition, and times are divided by the plain
 backward pass's in the same run. Memory is the peak of live tensor bytes over forward and backward, counted at every
-operation. The error is the largest deviation of a direction from that of K backward passes, relative.
+operation. The error is the largest deviation of a direction from that of the plain backward pass, relative.
 
-An engine that took longer than the limit for one K is not run for a larger one. A small step of training is made of
-many things besides: the ratios are of backward passes, not of steps.
+Engines that do not look into the losses do not care whether terms are parallel: they run with two terms only. An engine
+that took longer than the limit for one K is not run for a larger one. A step of training is made of many things
+besides: the ratios are of backward passes, not of steps. Results of models that are not named stay as they are.
 """
 
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from _common import provenance, table, write
+from _common import provenance, read, table, write
 from _models import Case, Encoder, make_case, two_terms
 from rich.progress import track
 from torch import Tensor
@@ -38,8 +40,8 @@ from mogb.engines.per_sample import PerSample
 
 MODELS = ("mlp", "cnn", "encoder", "lora", "lora+checkpoint")
 SIZES = (2, 5, 16, 64)
-TOO_LONG = 30.0  # seconds
-BUDGET = 8.0  # seconds of repetitions for one engine and K
+TOO_LONG = 8.0  # seconds
+BUDGET = 1.5  # seconds of repetitions for one engine and K
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -104,7 +106,9 @@ class Bench:
         """Every engine by its name, the plain backward pass first."""
         ways: dict[str, Way] = {
             "plain": Way(self.losses, lambda losses: losses.mean().backward()),
-            "K passes": Way(self.losses, lambda losses: mogb.backward(losses, self.case.trained, MeanAfterGramian())),
+            "sequential": Way(self.losses, lambda losses: self.together(losses, "sequential")),
+            "batched": Way(self.losses, lambda losses: self.together(losses, "batched")),
+            "streaming": Way(self.losses, lambda losses: self.together(losses, "streaming")),
             "per_sample": Way(self.terms, lambda terms: self.balance(terms, "auto"), "per_sample"),
             "per_sample, rows": Way(self.terms, lambda terms: self.balance(terms, "keep"), "per_sample"),
             "per_sample, Gramian": Way(self.terms, lambda terms: self.balance(terms, "drop"), "per_sample"),
@@ -114,6 +118,8 @@ class Bench:
         }
         if self.recompute:  # hooks of TorchJD's engines see every recomputation as a call of its own
             ways = {name: way for name, way in ways.items() if not name.startswith("auto")}
+        if self.parallel:
+            ways = {name: way for name, way in ways.items() if name == "plain" or name.startswith("per_sample")}
         return ways
 
     def terms(self) -> Tensor:
@@ -122,6 +128,9 @@ class Bench:
 
     def losses(self) -> Tensor:
         return torch.einsum("kbj,bj->k", self.coefficients.float(), self.terms())
+
+    def together(self, losses: Tensor, engine: Any) -> None:
+        mogb.backward(losses, self.case.trained, MeanAfterGramian(), engine=engine)
 
     def balance(self, terms: Tensor, rows: str) -> None:
         self.engine.backward(terms, self.coefficients, MeanAfterGramian(), rows=rows)
@@ -161,63 +170,57 @@ class Bench:
             }[how]
 
 
-def run_once(bench: Bench, way: Way, clock: Callable[[], float]) -> tuple[float, Tensor]:
-    """The time of the backward pass, and the direction."""
-    for param in bench.case.trained:
-        param.grad = None
-    undo = bench.hook(way.hooks)
-    try:
+def run_once(bench: Bench, way: Way, clock: Callable[[], float]) -> float:
+    """The time of the backward pass."""
+    with prepared(bench, way):
         output = way.forward()
         start = clock()
         way.backward(output)
-        spent = clock() - start
-    finally:
-        undo()
-    return spent, torch.cat([param.grad.flatten() for param in bench.case.trained if param.grad is not None])
+        return clock() - start
 
 
-def peak_bytes(bench: Bench, way: Way) -> int:
-    """The largest number of live tensor bytes during one forward and backward pass."""
+def look_at(bench: Bench, way: Way) -> tuple[int, Tensor]:
+    """The largest number of live tensor bytes during one forward and backward pass, and the direction."""
+    with prepared(bench, way), LiveBytes() as live:
+        way.backward(way.forward())
+    return live.peak, torch.cat([param.grad.flatten() for param in bench.case.trained if param.grad is not None])
+
+
+@contextmanager
+def prepared(bench: Bench, way: Way) -> Iterator[None]:
+    """A model without gradients, with the hooks of a way."""
     for param in bench.case.trained:
         param.grad = None
     undo = bench.hook(way.hooks)
     try:
-        with LiveBytes() as live:
-            way.backward(way.forward())
+        yield
     finally:
         undo()
-    return live.peak
 
 
 def measure(bench: Bench, repeats: int, clock: Callable[[], float], skip: set[str]) -> dict[str, dict[str, Any]]:
     """Seconds, peak bytes and error of every way that is not skipped; adds those that took too long to ``skip``."""
     ways = {name: way for name, way in bench.ways().items() if name not in skip}
     found: dict[str, dict[str, Any]] = {}
-    times: dict[str, list[float]] = {}
     truth = None
-    for name, way in list(ways.items()):
+    for name, way in ways.items():
         try:
-            spent, direction = run_once(bench, way, clock)
+            peak, direction = look_at(bench, way)
         except Exception as error:  # a peer that can't do this model: its cell says so
             found[name] = {"failed": f"{type(error).__name__}: {error}"[:200]}
-            del ways[name]
             continue
         truth = direction if name == "plain" else truth
         assert truth is not None
-        error = float((direction - truth).abs().max() / truth.abs().max())
-        found[name] = {"error": error, "peak_bytes": peak_bytes(bench, way)}
-        times[name] = []
-        if spent > TOO_LONG:
-            times[name].append(spent)
-            skip.add(name)
-            del ways[name]
+        found[name] = {"error": float((direction - truth).abs().max() / truth.abs().max()), "peak_bytes": peak}
+    times: dict[str, list[float]] = {name: [] for name in found if "failed" not in found[name]}
     for _ in range(repeats):
-        for name, way in ways.items():
-            if sum(times[name]) < BUDGET:
-                times[name].append(run_once(bench, way, clock)[0])
+        for name, values in times.items():
+            if sum(values) < BUDGET:
+                values.append(run_once(bench, ways[name], clock))
     for name, values in times.items():
-        found[name]["seconds"] = statistics.median(values)
-        found[name]["runs"] = len(values)
+        found[name] |= {"seconds": statistics.median(values), "runs": len(values)}
+        if max(values) > TOO_LONG:
+            skip.add(name)
     return found
 
 
@@ -228,9 +231,7 @@ def cells(records: list[dict[str, Any]], value: Callable[[dict[str, Any]], str])
     for record in records:
         known = record["engines"]
         row = [record["model"], record["terms"], str(record["objectives"])]
-        rows.append(
-            row + [value(known[name] | {"plain": known["plain"]}) if name in known else "too long" for name in names]
-        )
+        rows.append(row + [value(known[name] | {"plain": known["plain"]}) if name in known else "" for name in names])
     return table(["model", "terms", "K", *names], rows)
 
 
@@ -262,8 +263,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny models: to see that everything runs")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    records, labels = [], {}
-    for name in given.models.split(","):
+    stem, wanted = "engines-quick" if given.quick else "engines", given.models.split(",")
+    before = read(stem) or {"models": {}, "records": []}
+    labels = {model: label for model, label in before["models"].items() if model not in wanted}
+    records = [record for record in before["records"] if record["model"] not in wanted]
+    source = provenance(given.seed) | {"clock": given.clock}
+    for name in wanted:
         case = make_case(name.removesuffix("+checkpoint"), given.quick, given.seed)
         labels[name] = case.label + (", blocks checkpointed" if name.endswith("+checkpoint") else "")
         for parallel in (False, True):
@@ -272,9 +277,12 @@ def main() -> None:
                 bench = Bench(case, count, parallel, name.endswith("+checkpoint"), given.seed)
                 engines = measure(bench, given.repeats, CLOCKS[given.clock], skip)
                 terms = "parallel" if parallel else "two"
-                records.append({"model": name, "terms": terms, "objectives": count, "engines": engines})
-    payload = {"provenance": provenance(given.seed) | {"clock": given.clock}, "models": labels, "records": records}
-    write("engines-quick" if given.quick else "engines", payload, as_markdown(records, labels))
+                records.append(
+                    {"model": name, "terms": terms, "objectives": count, "commit": source["commit"], "engines": engines}
+                )
+        records.sort(key=lambda record: MODELS.index(record["model"]))
+        labels = {model: labels[model] for model in MODELS if model in labels}
+        write(stem, {"provenance": source, "models": labels, "records": records}, as_markdown(records, labels))
 
 
 if __name__ == "__main__":
