@@ -32,7 +32,10 @@ from mogb.engines import shards
 COUNTER = pathlib.Path("/proc/net/dev")
 SEED = 0
 SHAPES = ((2, 2_000_000), (5, 2_000_000), (16, 500_000), (64, 125_000))  # K, N
-FORMS = (("ddp", "rows"), ("ddp", "shards"), ("fsdp", "auto"), ("fsdp tied", "auto"))
+FORMS = (
+    ("ddp", "rows"), ("ddp", "shards"), ("ddp accumulated", "auto"), ("fsdp", "auto"), ("fsdp tied", "auto"),
+    ("fsdp accumulated", "auto"),
+)  # fmt: skip
 
 
 class Wire:

@@ -32,9 +32,12 @@ def model(form="plain"):
 
 
 def wrapped(form):
-    """``plain``, ``ddp``, ``fsdp``, ``fsdp tied``, ``fsdp mixed`` (bfloat16 inside) or ``hsdp`` (copies of shards)."""
+    """``plain``, ``ddp``, ``fsdp``, ``fsdp tied``, ``fsdp mixed`` (bfloat16 inside) or ``hsdp`` (copies of shards).
+
+    With ``accumulated``, each step takes two micro-batches.
+    """
     net = model(form)
-    if form == "ddp":
+    if form.startswith("ddp"):
         return nn.parallel.DistributedDataParallel(net)
     if form.startswith(("fsdp", "hsdp")):
         from torch.distributed.device_mesh import init_device_mesh
@@ -91,6 +94,20 @@ def trained(net, name, inputs, targets, **options):
     return flat_grad(net), weights
 
 
+def accumulated(net, name, inputs, targets, world, exchange):
+    """As :func:`trained` on a whole batch, but every rank's part is taken in two pieces: one sample, and the others."""
+    balancer = mogb.Balancer(mogb.make(name), net, exchange=exchange)
+    total = sum(SIZES[:world])
+    for _ in range(2):
+        net.zero_grad()
+        first = losses_of(net, inputs[:1], targets[:1]) * (world / total)
+        balancer.accumulate(first, num_samples=1)
+        rest = losses_of(net, inputs[1:], targets[1:]) * ((total - world) / total)
+        report = balancer.backward(rest, num_samples=len(inputs) - 1)
+        descend(net)
+    return flat_grad(net), report.weights
+
+
 def alone(form, name, world):
     """One process on everything."""
     return trained(model(form), name, *batch(world))
@@ -105,6 +122,9 @@ def train(rank, world, folder, cases):
     found = []
     for form, exchange, names in cases:
         inputs, targets = mine(rank, world)
-        options = {"num_samples": len(inputs), "exchange": exchange}
-        found.append({name: trained(wrapped(form), name, inputs, targets, **options) for name in names})
+        if "accumulated" in form:
+            found.append({n: accumulated(wrapped(form), n, inputs, targets, world, exchange) for n in names})
+        else:
+            options = {"num_samples": len(inputs), "exchange": exchange}
+            found.append({name: trained(wrapped(form), name, inputs, targets, **options) for name in names})
     torch.save(found, folder / f"{rank}.pt")

@@ -44,19 +44,22 @@ def check_against_one_process(world, cases, seconds=120.0):
                 told = f"{name}, {form}, {exchange}"
                 assert_close(gradient, expected, rtol=1e-5, atol=1e-6, msg=lambda text, told=told: f"{told}: {text}")
                 assert torch.equal(weights, results[0][index][name][1]), f"{told}: weights differ between ranks"
-                if form in ("plain", "ddp"):
+                if form.startswith(("plain", "ddp")):
                     assert torch.equal(gradient, results[0][index][name][0]), f"{told}: directions differ"
 
 
 def test_ranks_with_uneven_batches_equal_one_process():
     forms = [("plain", "rows"), ("plain", "shards"), ("ddp", "auto"), ("ddp", "shards"), ("fsdp", "auto")]
-    check_against_one_process(2, [(*form, FAST) for form in forms] + [("fsdp tied", "auto", ("mgda",))])
+    cases = [(*form, FAST) for form in forms] + [("fsdp tied", "auto", ("mgda",))]
+    cases += [("ddp accumulated", "shards", ("mgda", "marble")), ("fsdp accumulated", "auto", ("mgda", "marble"))]
+    check_against_one_process(2, cases)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_every_gramian_method_equals_one_process(world):
     forms = [("ddp", "rows"), ("ddp", "shards"), ("fsdp", "auto"), ("fsdp tied", "auto")]
+    forms += [("ddp accumulated", "auto"), ("fsdp accumulated", "auto")]
     forms += [("hsdp", "auto")] if world == 4 else []
     check_against_one_process(world, [(*form, gramian_methods()) for form in forms], seconds=280)
 
