@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=23.2"
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[plot,metrics,quadprog,diffusion,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[plot,metrics,quadprog,diffusion,ocr,dev]"
 	touch $(STAMP)
 
 demo: $(STAMP)

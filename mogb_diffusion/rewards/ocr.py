@@ -7,7 +7,57 @@ of Flow-GRPO and DiffusionNFT.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mogb_diffusion.errors import InputError
+from mogb_diffusion.prompts import Prompt
+from mogb_diffusion.rewards._clip import Pictures, eight_bit
+
+Line: TypeAlias = tuple[str, float]  # text and confidence
+Reader: TypeAlias = Callable[[np.ndarray], Sequence[Line]]  # from one picture [H, W, 3], uint8 RGB
+
+
+class Ocr:
+    """Reads a picture, and compares what it read with the text that the prompt asks for.
+
+    It applies to prompts with a ``target_text``. The published numbers were made with PaddleOCR 2.9, which current
+    packages cannot install beside torch; scores of another reader differ, so name it with your results.
+
+    Args:
+        backend: ``rapidocr`` (its models come with the package), or ``module:function`` of a reader of your own: from
+            one picture, uint8 RGB ``[H, W, 3]``, to ``(text, confidence)`` pairs in reading order.
+        threads: Of rapidocr; 0 leaves the number to it.
+
+    Raises:
+        InputError: The backend is unknown or not installed.
+    """
+
+    specialist = True
+
+    def __init__(self, backend: str = "rapidocr", threads: int = 1) -> None:
+        if isinstance(threads, bool) or not isinstance(threads, int) or threads < 0:
+            raise InputError(f"threads must be a whole number of at least 0, but got {threads!r}.")
+        self.backend = backend
+        self.read = _reader(backend, threads)
+
+    def applies(self, prompt: Prompt) -> bool:
+        """Whether the prompt asks for a text."""
+        return prompt.target_text is not None and bool(_plain(prompt.target_text))
+
+    def __call__(self, images: Pictures, prompts: Sequence[Prompt]) -> Tensor:
+        """The rewards ``[B]`` in [0, 1]; NaN where the prompt asks for no text."""
+        found = [
+            text_reward(list(self.read(picture.permute(1, 2, 0).numpy())), prompt.target_text or "")
+            if self.applies(prompt)
+            else math.nan
+            for picture, prompt in zip(eight_bit(images), prompts, strict=True)
+        ]
+        return torch.tensor(found)
 
 
 def text_reward(recognized: Sequence[tuple[str, float]], target: str) -> float:
@@ -45,6 +95,62 @@ def edit_distance(first: str, second: str) -> int:
             diagonal = costs[column]
             costs[column] = min(substituted, diagonal + 1, costs[column - 1] + 1)
     return costs[-1]
+
+
+def reading_order(boxes: Sequence[Any], lines: Sequence[Line]) -> list[Line]:
+    """Lines from top to bottom, and from left to right where they stand side by side.
+
+    Args:
+        boxes: The corners of every line, ``[4, 2]``.
+        lines: What was read in them.
+    """
+    corners = [np.asarray(box, dtype=float) for box in boxes]
+    heights = [float(np.ptp(box[:, 1])) for box in corners]
+    middles = [float(box[:, 1].mean()) for box in corners]
+    rows: list[list[int]] = []
+    for index in sorted(range(len(lines)), key=middles.__getitem__):
+        row = rows[-1] if rows else []
+        if row and middles[index] - middles[row[0]] < 0.5 * min(heights[index], heights[row[0]]):
+            row.append(index)
+        else:
+            rows.append([index])
+    return [lines[index] for row in rows for index in sorted(row, key=lambda i: float(corners[i][:, 0].min()))]
+
+
+def _reader(backend: str, threads: int) -> Reader:
+    if backend == "rapidocr":
+        return _rapidocr(threads)
+    module_name, colon, name = backend.partition(":")
+    if not colon:
+        raise InputError(f"backend must be rapidocr, or module:function of your own, but got {backend!r}.")
+    import importlib
+
+    try:
+        found: Any = getattr(importlib.import_module(module_name), name, None)
+    except ImportError as error:
+        raise InputError(f"backend={backend!r} cannot be imported: {error}.") from error
+    if not callable(found):
+        raise InputError(f"backend={backend!r} does not exist: {module_name} has no function {name}.")
+    return found  # type: ignore[no-any-return]
+
+
+def _rapidocr(threads: int) -> Reader:
+    try:
+        from rapidocr import RapidOCR
+    except ImportError as error:
+        raise InputError('The ocr reward needs rapidocr: pip install "mogb[ocr]".') from error
+    params: dict[str, Any] = {"Global.log_level": "critical"}
+    if threads:
+        params |= {f"EngineConfig.onnxruntime.{kind}_op_num_threads": threads for kind in ("intra", "inter")}
+    engine: Any = RapidOCR(params=params)
+
+    def read(picture: np.ndarray) -> Sequence[Line]:
+        found = engine(np.ascontiguousarray(picture[:, :, ::-1]), use_cls=False)  # it takes BGR
+        if found.txts is None:
+            return []
+        return reading_order(found.boxes, list(zip(found.txts, map(float, found.scores), strict=True)))
+
+    return read
 
 
 def _plain(text: str) -> str:
