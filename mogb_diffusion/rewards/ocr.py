@@ -131,7 +131,7 @@ def _reader(backend: str, threads: int) -> Reader:
         raise InputError(f"backend={backend!r} cannot be imported: {error}.") from error
     if not callable(found):
         raise InputError(f"backend={backend!r} does not exist: {module_name} has no function {name}.")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def _rapidocr(threads: int) -> Reader:
