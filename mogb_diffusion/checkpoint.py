@@ -20,6 +20,7 @@ from mogb_diffusion.errors import CheckpointError
 
 PREFIX = "checkpoint-"
 STATE, TENSORS, MANIFEST, LATEST = "state.json", "state.safetensors", "manifest.json", "latest"
+_ASIDE = ".aside-"
 _TENSOR, _ITEMS, _TUPLE = "__tensor__", "__items__", "__tuple__"
 
 
@@ -53,9 +54,13 @@ def save(root: Path, step: int, state: dict[str, Any], export: Callable[[Path], 
         (staging / MANIFEST).write_text(json.dumps(listed, indent=1))
         for path in (*files, staging / MANIFEST):
             _flush(path)
-        shutil.rmtree(final, ignore_errors=True)
+        aside = root / f"{_ASIDE}{final.name}"
+        if final.exists():  # of the same step: it stays until the new one has its name
+            shutil.rmtree(aside, ignore_errors=True)
+            final.rename(aside)
         staging.rename(final)
         _flush(root)
+        shutil.rmtree(aside, ignore_errors=True)
         _write_whole(root / LATEST, final.name)
     except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)
@@ -99,6 +104,9 @@ def found(root: Path) -> list[Path]:
 
 def newest(root: Path, tell: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
     """The newest whole checkpoint and its state; damaged ones are skipped, with a message each."""
+    for aside in root.glob(f"{_ASIDE}{PREFIX}*"):  # a kill between two renames
+        if not (root / aside.name.removeprefix(_ASIDE)).exists():
+            aside.rename(root / aside.name.removeprefix(_ASIDE))
     for folder in found(root):
         try:
             return folder, load(folder)

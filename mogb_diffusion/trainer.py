@@ -90,6 +90,7 @@ class Trainer:
         self.tracker: Tracker | None = None
         self._began = time.monotonic()
         self._first_epoch = 0
+        self._resumed = False
 
     def train(self, *, resume: bool = False) -> None:
         """Runs all epochs that are left.
@@ -102,7 +103,7 @@ class Trainer:
         try:
             self._open(resume)
             self.tell(describe_batch(self.run, self.ranks.size))
-            if self.epoch == 0:
+            if not self._resumed:
                 self.examine("before")
             for epoch in range(self.epoch, self.run.epochs):
                 self.train_epoch(epoch)
@@ -421,7 +422,7 @@ class Trainer:
             if (last := checkpoint.newest(self.out, self.tell)) is not None:
                 folder, state = last
                 self.load_state_dict(state)
-                keep = int(state["lines"])
+                self._resumed, keep = True, int(state["lines"])
                 self.tell(f"resumed from {folder} at epoch {self.epoch}")
             else:
                 self.tell(f"{self.out} has no whole checkpoint: the run starts from its beginning.")

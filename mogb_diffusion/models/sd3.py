@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mogb_diffusion import config, flow
 from mogb_diffusion.errors import InputError
 
+_REMEMBERED = 256  # embeddings of prompts
 DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64,
 }  # fmt: skip
@@ -76,6 +77,7 @@ class SD3Model:
         self.max_sequence_length = max_sequence_length
         for part in (pipeline.transformer, pipeline.vae, *self._encoders()):
             part.requires_grad_(False).eval().to(self.device)
+        nn.Module.to(pipeline.vae, torch.float32)  # as in the reference: half precision shows in pictures
         nn.Module.to(pipeline.transformer, dtype)  # diffusers' own warns, whatever there is to warn of
         if dtype == torch.float64:
             _use_exact_norms(pipeline.transformer)
@@ -98,7 +100,9 @@ class SD3Model:
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Text:
-        """The embeddings of prompts, remembered from call to call."""
+        """The embeddings of prompts; those of the last few hundred are remembered (1.7 MB each on the big model)."""
+        if len(self._known) > _REMEMBERED:
+            self._known.clear()
         new = list(dict.fromkeys(text for text in texts if text not in self._known))
         for start in range(0, len(new), 16):
             part = new[start : start + 16]
@@ -110,10 +114,6 @@ class SD3Model:
                 self._known[text] = Text(tokens[row : row + 1].to(self.dtype), pooled[row : row + 1].to(self.dtype))
         found = [self._known[text] for text in texts]
         return Text(torch.cat([text.tokens for text in found]), torch.cat([text.pooled for text in found]))
-
-    def forget(self) -> None:
-        """Drops remembered embeddings, which matter on the big model (1.7 MB a prompt)."""
-        self._known.clear()
 
     def velocity(self, latents: Tensor, time: Float[Tensor, " B"] | float, text: Text) -> Tensor:
         """The velocity at a time in [0, 1], ``[B, C, H, W]`` in :attr:`dtype`, with gradient where that is enabled."""

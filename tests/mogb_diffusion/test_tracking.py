@@ -120,3 +120,12 @@ def test_the_newest_whole_one_is_found(tmp_path):
     assert checkpoint.newest(tmp_path, told.append)[1] == {"step": 2}
     assert len(told) == 1
     assert checkpoint.newest(tmp_path / "nothing", told.append) is None
+
+
+def test_a_second_save_of_a_step_replaces_the_first_one_and_a_kill_between_leaves_one(tmp_path):
+    checkpoint.save(tmp_path, 1, {"n": 1}, lambda path: None)
+    checkpoint.save(tmp_path, 1, {"n": 2}, lambda path: None)
+    assert checkpoint.newest(tmp_path, print)[1] == {"n": 2}
+    (tmp_path / "checkpoint-000001").rename(tmp_path / ".aside-checkpoint-000001")  # killed between two renames
+    assert checkpoint.newest(tmp_path, print)[1] == {"n": 2}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-000001", "latest"]

@@ -164,6 +164,8 @@ def test_a_reward_that_keeps_failing_stops_the_run_with_a_checkpoint(tmp_path):
     ):
         train(tmp_path, *how, epochs=3)
     assert checkpoint.load(checkpoint.found(tmp_path)[0])["epoch"] == 0
+    with pytest.raises(RewardFailure):
+        train(tmp_path, *how, epochs=3, resume=True)
 
 
 def test_steps_with_bad_gradients_are_skipped_and_counted(tmp_path, monkeypatch):
