@@ -20,6 +20,7 @@ BUILT_IN = {
     "clipscore": "mogb_diffusion.rewards.clipscore:ClipScore",
     "hpsv2": "mogb_diffusion.rewards.hpsv2:HPSv2",
     "aesthetic": "mogb_diffusion.rewards.aesthetic:Aesthetic",
+    "geneval": "mogb_diffusion.rewards.detection:GenEval",
     "ocr": "mogb_diffusion.rewards.ocr:Ocr",
     "world_preference": "mogb_diffusion.rewards.world:Preference",
     "world_aesthetic": "mogb_diffusion.rewards.world:Aesthetic",
