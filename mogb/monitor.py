@@ -29,6 +29,7 @@ from mogb.solvers.min_norm import solve_min_norm
 
 Record: TypeAlias = dict[str, Any]
 MATRIX_UP_TO = 16  # objectives whose cosines are written pair by pair
+PAIRS_UP_TO = 8  # objectives for which a dashboard gets them too
 
 
 class Monitor:
@@ -282,8 +283,9 @@ def as_scalars(record: Mapping[str, Any]) -> dict[str, float]:
         ("losses", "loss"), ("weights", "weight"), ("norms", "gradient norm"), ("direction_cosines", "cos(d, g)"),
     ):  # fmt: skip
         found |= {f"mogb/{title}/{name}": value for name, value in zip(names, record.get(key) or (), strict=False)}
-    pairs = ((a, b) for i, a in enumerate(names) for b in names[i + 1 :])
-    found |= {f"mogb/cosine/{a}, {b}": value for (a, b), value in zip(pairs, record.get("cosines") or (), strict=False)}
+    if len(names) <= PAIRS_UP_TO:
+        pairs = (f"mogb/cosine/{a}, {b}" for i, a in enumerate(names) for b in names[i + 1 :])
+        found |= dict(zip(pairs, record.get("cosines") or (), strict=False))
     for key in ("min_cosine", "mean_cosine", "var_cosine", "conflict_rate", "stationarity", "residual"):
         found[f"mogb/{key}"] = record.get(key)
     found["mogb/left_out"] = float(len(record["left_out"]))
@@ -379,7 +381,7 @@ def _tensorboard_writer(given: Any) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ImportError(f"tensorboard={str(given)!r} needs TensorBoard: pip install tensorboard.") from error
-    return SummaryWriter(str(given))  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(given))
 
 
 def _wandb_run(given: Any) -> Any:

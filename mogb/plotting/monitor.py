@@ -96,7 +96,7 @@ def _draw_angles(axis: "Axes", steps: Float64[np.ndarray, " T"], records: Sequen
     axis.axhline(0, color=GREY, linewidth=0.8, zorder=1)
     floor = min(-0.08, float(min(low.min(), bottom.min())) - 0.06)
     axis.set_ylim(floor - 0.34 * (1.05 - floor), 1.05)  # room for the legend
-    axis.legend(loc="lower center", ncols=3, frameon=False, fontsize=7.5, columnspacing=0.9, handlelength=1.6)
+    axis.legend(loc="lower center", ncols=3, frameon=False, fontsize=7, columnspacing=0.8, handlelength=1.4)
 
 
 def _draw_share(

@@ -1,4 +1,4 @@
-"""A monitor's lines against numbers computed from the gradients, files that are torn, resumed or foreign, dashboards."""
+"""A monitor's lines against numbers computed from the gradients; files torn, resumed or foreign; dashboards."""
 
 import json
 import os
@@ -105,6 +105,9 @@ def test_many_objectives_have_no_matrix():
     record = mogb.Monitor().log(step(rows, "mgda")[0])
     assert record["cosines"] is None
     assert len(record["norms"]) == 17
+    record = mogb.Monitor().log(step(rows[:9], "mgda")[0])
+    assert len(record["cosines"]) == 36
+    assert not any("mogb/cosine/" in tag for tag in mogb.monitor.as_scalars(record))
 
 
 def test_the_terminal_line():
