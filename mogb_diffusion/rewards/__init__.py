@@ -17,6 +17,7 @@ from mogb_diffusion.prompts import Prompt
 
 BUILT_IN = {
     "pickscore": "mogb_diffusion.rewards.pickscore:PickScore",
+    "clip": "mogb_diffusion.rewards.clipscore:ClipScore",
     "clipscore": "mogb_diffusion.rewards.clipscore:ClipScore",
     "hpsv2": "mogb_diffusion.rewards.hpsv2:HPSv2",
     "aesthetic": "mogb_diffusion.rewards.aesthetic:Aesthetic",
