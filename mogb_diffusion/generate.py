@@ -44,7 +44,7 @@ SCENES = (
 )
 FIRST = ("Open", "Fresh", "Grand", "Quiet", "Happy", "Summer", "Winter", "Golden", "Daily", "Lucky", "Secret", "Far",
          "Royal", "Silver", "Green", "Hidden", "Midnight", "Morning", "Northern", "Modern")  # fmt: skip
-SECOND = ("Bakery", "Garden", "Market", "Journey", "Harbor", "Station", "Library", "Coffee", "Theater", "Museum", "Trip",
+SECOND = ("Bakery", "Garden", "Market", "Journey", "Harbor", "Station", "Library", "Coffee", "Theater", "Museum", "Sun",
           "Sale", "Birthday", "Festival", "Kitchen", "Studio", "River", "Express", "Hotel", "Adventure")  # fmt: skip
 
 
