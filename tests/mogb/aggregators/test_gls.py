@@ -27,3 +27,25 @@ def test_losses_that_are_not_positive_are_named_with_a_remedy(bad):
         ValueError, match=r"'gls' needs losses above 0, but the loss of objective 1 is .*Add a constant"
     ):
         GLS().weights(losses=torch.tensor([1.0, bad, -3.0]))
+
+
+def test_a_preference_weighs_the_logarithms():
+    losses = torch.tensor([2.0, 0.5], dtype=torch.float64, requires_grad=True)
+    value = torch.exp((torch.tensor([0.75, 0.25]).double() * losses.log()).sum())
+    (expected,) = torch.autograd.grad(value, losses)
+    solution = GLS(preference=[3.0, 1.0]).solve(losses=losses.detach())
+    torch.testing.assert_close(torch.from_numpy(solution.weights), expected)
+    assert solution.value == pytest.approx(value.item())
+
+
+def test_an_equal_preference_changes_nothing():
+    losses = torch.tensor([2.0, 0.5, 7.0], dtype=torch.float64)
+    equal = GLS(preference=[2.0, 2.0, 2.0]).weights(losses=losses)
+    torch.testing.assert_close(equal, GLS().weights(losses=losses))
+
+
+def test_impossible_preferences_are_refused():
+    with pytest.raises(ValueError, match="non-negative"):
+        GLS(preference=[1.0, -1.0])
+    with pytest.raises(ValueError, match="one number per objective, 3, but has 2"):
+        GLS(preference=[1.0, 1.0]).weights(losses=torch.ones(3))
