@@ -9,6 +9,7 @@ from mogb.aggregators import make, registered
 from mogb.base import Aggregator, Promise, Reference, Solution
 from mogb.engines.backward import Report, backward
 from mogb.engines.balancer import Balancer
+from mogb.engines.per_sample import PerSample
 from mogb.errors import DistributedError, NonFiniteError
 from mogb.monitor import Monitor
 from mogb.solvers import MinNormResult, min_norm
@@ -25,6 +26,7 @@ __all__ = [
     "MinNormResult",
     "Monitor",
     "NonFiniteError",
+    "PerSample",
     "Promise",
     "Reference",
     "Report",

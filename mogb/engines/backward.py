@@ -144,14 +144,13 @@ def make_source(
             raise ValueError("shared= fixes how gradients are taken: leave out engine= and groups=.")
         tensors = as_representation(shared)
         plan = plan_representation(found, tensors, params)
-        ranks = find_ranks(process_group, num_samples, exchange, step=_step(found, plan, aggregator, "shared", doing))
+        doing = f"shared, {doing}"
+        ranks = find_ranks(process_group, num_samples, exchange, step=_step(found, plan, aggregator, doing))
         return RepresentationSource(found, plan, tensors, ranks, scale, retain_graph=retain_graph)
     plan = make_plan(found, params)
     choice = choose(engine, found, plan, aggregator, whole=grouping.whole)
-    walk = [segment.params for segment in choice.segments.parts] if choice.segments is not None else ""
-    ranks = find_ranks(
-        process_group, num_samples, exchange, step=_step(found, plan, aggregator, f"{choice.name} {walk}", doing)
-    )
+    doing = f"{choice.describe()}, {doing}"
+    ranks = find_ranks(process_group, num_samples, exchange, step=_step(found, plan, aggregator, doing))
     if ranks.alone and plan.sharded:
         raise ValueError(
             "process_group=None balances this process alone, but the parameters are sharded over several: leave "
@@ -162,8 +161,8 @@ def make_source(
             f"{aggregator.name!r} reads whole rows of the Jacobian, but the parameters are sharded: no rank has whole "
             "rows. Use a method that yields weights, or DistributedDataParallel."
         )
-    return LossSource(found, plan, choice, ranks, scale, retain_graph=retain_graph)
+    return LossSource(found, plan, choice.agreed(ranks), ranks, scale, retain_graph=retain_graph)
 
 
-def _step(losses: Losses, plan: Plan, aggregator: Aggregator, engine: str, doing: str) -> tuple[str, ...]:
-    return (*describe_step(len(losses), plan.shared, aggregator), engine, doing)
+def _step(losses: Losses, plan: Plan, aggregator: Aggregator, doing: str) -> tuple[str, ...]:
+    return (*describe_step(len(losses), plan.shared, aggregator), doing)

@@ -19,12 +19,14 @@ import os
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
+import numpy as np
 import torch
 
 from mogb.base import Aggregator
+from mogb.engines.distributed import Ranks
 from mogb.engines.losses import Losses
 from mogb.engines.plan import Plan
-from mogb.engines.streaming import Segments, find_segments
+from mogb.engines.streaming import Segment, Walk, walk_down
 
 Engine: TypeAlias = Literal["auto", "sequential", "batched", "streaming"]
 
@@ -35,13 +37,42 @@ class Choice:
 
     Attributes:
         name: ``"sequential"``, ``"batched"`` or ``"streaming"``.
-        segments: What streaming walks along.
         note: Why it is not the one that was asked for; empty if it is.
+        walk: What streaming walks along.
+        cuts: Where, between parameters, it cuts the graph.
     """
 
     name: str
-    segments: Segments | None = None
     note: str = ""
+    walk: Walk | None = None
+    cuts: tuple[int, ...] = ()
+
+    @property
+    def streams(self) -> bool:
+        """Whether no rows are kept."""
+        return self.name == "streaming"
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The parts of the graph, for streaming."""
+        assert self.walk is not None
+        return self.walk.segments(self.cuts)
+
+    def describe(self) -> str:
+        """What all ranks must have in common: the engine, and for streaming the graph, as far as it is walked."""
+        if self.walk is None:
+            return self.name
+        return f"streaming along {self.walk.taken}, cuts at {[cut.position for cut in self.walk.cuts]}"
+
+    def agreed(self, ranks: Ranks) -> "Choice":
+        """The first rank's choice: the ranks' batches, and so the widths of their cuts, may differ."""
+        if ranks.alone or self.walk is None:
+            return self
+        flags = np.zeros(len(self.walk.taken) + 1)
+        flags[[0, *self.cuts]] = self.streams, *(1.0 for _ in self.cuts)
+        flags = ranks.agree(flags)
+        cuts = tuple(int(position) for position in flags[1:].nonzero()[0] + 1)
+        return Choice("streaming", "", self.walk, cuts) if flags[0] else Choice("sequential", self.note, self.walk)
 
 
 SEQUENTIAL = Choice("sequential")
@@ -89,12 +120,13 @@ def choose(engine: Engine, losses: Losses, plan: Plan, aggregator: Aggregator, *
     may_stream = aggregator.yields_weights and whole
     if engine == "auto" and not (may_stream and rows > memory(plan.shared[0].device) / 4):
         return SEQUENTIAL
-    segments = find_segments(losses, plan)
-    width = len(losses) * segments.width
-    if width > rows / 2 if engine == "auto" else width >= rows:
-        note = "" if engine == "auto" else "streaming would save no memory: no narrow place to cut the graph"
-        return Choice("sequential", note=note)
-    return Choice("streaming", segments)
+    walk = walk_down(losses, plan)
+    cuts, width = walk.narrowest()
+    saves = len(losses) * width <= rows / 2 if engine == "auto" else len(losses) * width < rows
+    if saves:
+        return Choice("streaming", walk=walk, cuts=cuts)
+    note = "" if engine == "auto" else "streaming would save no memory: no narrow place to cut the graph"
+    return Choice("sequential", note, walk)
 
 
 def memory(device: torch.device) -> float:

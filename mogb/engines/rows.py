@@ -53,17 +53,21 @@ def sequential_rows(
         into: For every shared parameter, rows ``[K, *shape]`` to add to; None where there are none yet.
     """
     size = len(losses)
-    blocks = _blocks(plan.shared, size, into)
+    before = _given(plan.shared, into)
+    blocks = [_empty(param, size) if rows is None else rows for param, rows in zip(plan.shared, before, strict=True)]
     own: list[tuple[int, Update]] = []
     for k in range(size):
         seed = losses.seeds[k] if factor == 1.0 else losses.seeds[k] * factor
         grads = differentiate(
             losses.roots[k], seed, plan.shared + plan.own[k], retain_graph=retain_graph or k < size - 1
         )
-        for block, grad in zip(blocks, grads, strict=False):
-            if grad is not None:
+        for block, rows, grad in zip(blocks, before, grads, strict=False):
+            if rows is not None and grad is not None:
                 block[k] += local_part(grad)
-        own += [(k, update) for update in present(plan.own[k], grads[len(plan.shared) :])]
+            elif rows is None:
+                block[k] = 0 if grad is None else local_part(grad)
+        grads = grads[len(plan.shared) :]  # lets go of what was copied
+        own += [(k, update) for update in present(plan.own[k], grads)]
     return Rows(plan.shared, Jacobian(tuple(blocks)) if blocks else None, tuple(own), size)
 
 
@@ -106,9 +110,6 @@ def _given(params: Sequence[Tensor], into: Sequence[Tensor | None]) -> Sequence[
     return into or (None,) * len(params)
 
 
-def _blocks(params: Sequence[Tensor], size: int, into: Sequence[Tensor | None]) -> list[Tensor]:
-    locals_ = [local_part(param.detach()) for param in params]
-    return [
-        local.new_zeros((size, *local.shape)) if block is None else block
-        for local, block in zip(locals_, _given(params, into), strict=True)
-    ]
+def _empty(param: Tensor, size: int) -> Tensor:
+    local = local_part(param.detach())
+    return local.new_empty((size, *local.shape))

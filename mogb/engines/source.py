@@ -47,7 +47,7 @@ class LossSource:
 
     @property
     def streams(self) -> bool:
-        return self.choice.segments is not None
+        return self.choice.streams
 
     @property
     def targets(self) -> Sequence[Tensor]:
@@ -70,7 +70,6 @@ class LossSource:
         return list(zip(params, direction, strict=True)), 0
 
     def gramian(self) -> tuple[Float64[np.ndarray, "K K"], int]:
-        assert self.choice.segments is not None
         found = streamed_gramian(self.losses, self.plan, self.choice.segments, self.ranks, self._factor)
         return found, len(self.losses)
 

@@ -43,47 +43,67 @@ class Segment:
 
 
 @dataclass(frozen=True, eq=False)
-class Segments:
-    """A walk down the graph, and the bytes that one objective needs at its widest place.
+class Cut:
+    """A place where the graph may be cut: nothing that flows out of it flows into something else that does.
 
     Attributes:
-        parts: From the losses to the inputs.
-        width: Bytes per objective: rows of a segment, and cotangents at both of its ends.
+        position: How many parameters lie above.
+        exits: The edges that cross it.
+        width: Their bytes.
     """
 
-    parts: tuple[Segment, ...]
+    position: int
+    exits: tuple[GradientEdge, ...]
     width: int
 
 
-def find_segments(losses: Losses, plan: Plan) -> Segments:
-    """Cuts the graph so that as little as possible is alive at once. One segment where no cut helps."""
-    walk = _walk(losses.roots, plan.shared)
-    cuts = [cut for cut in _thinned(walk.cuts) if 0 < cut.position < len(walk.taken)]
-    start, end = _Cut(0, (), 0), _Cut(len(walk.taken), (), 0)
-    chosen, width = _narrowest([start, *cuts, end], walk.sizes)
-    parts = tuple(
-        Segment(tuple(walk.taken[before.position : after.position]), after.exits) for before, after in pairwise(chosen)
-    )
-    left = set(range(len(plan.shared))) - set(walk.taken)  # no loss reaches these: zero rows
-    return Segments(parts, width) if not left else Segments((*parts[:-1], _with(parts[-1], left)), width)
+@dataclass(frozen=True, eq=False)
+class Walk:
+    """The way down the graph.
+
+    Attributes:
+        taken: The parameters in the order in which backward passes finish them.
+        sizes: Their bytes.
+        cuts: Where the graph may be cut in between: at each position, the narrowest place.
+        left: Parameters that no loss reaches.
+    """
+
+    taken: tuple[int, ...]
+    sizes: tuple[int, ...]
+    cuts: tuple[Cut, ...]
+    left: tuple[int, ...]
+
+    def narrowest(self) -> tuple[tuple[int, ...], int]:
+        """Where to cut so that as little as possible is alive at once, and the bytes of that for one objective."""
+        start, end = Cut(0, (), 0), Cut(len(self.taken), (), 0)
+        chosen, width = _narrowest([start, *self.cuts, end], self.sizes)
+        return tuple(cut.position for cut in chosen[1:-1]), width
+
+    def segments(self, positions: Sequence[int]) -> tuple[Segment, ...]:
+        """The parts of the graph between the cuts at these positions."""
+        at = {cut.position: cut for cut in self.cuts}
+        chosen = [Cut(0, (), 0), *(at[position] for position in positions), Cut(len(self.taken), (), 0)]
+        parts = [
+            Segment(self.taken[before.position : after.position], after.exits) for before, after in pairwise(chosen)
+        ]
+        return (*parts[:-1], Segment(parts[-1].params + self.left, ()))
 
 
 def streamed_gramian(
-    losses: Losses, plan: Plan, segments: Segments, ranks: Ranks, factor: float
+    losses: Losses, plan: Plan, segments: Sequence[Segment], ranks: Ranks, factor: float
 ) -> Float64[np.ndarray, "K K"]:
     """The Gramian of ``factor * losses`` over the shared parameters. The graph is kept."""
     size = len(losses)
     gramian = np.zeros((size, size))
     entries: list[list[tuple[Root, Tensor]]] = [[(losses.roots[k], losses.seeds[k] * factor)] for k in range(size)]
-    for segment in segments.parts:
+    for segment in segments:
         params = [plan.shared[index] for index in segment.params]
-        blocks = [param.detach().new_zeros((size, *param.shape)) for param in params]
+        blocks = [param.detach().new_empty((size, *param.shape)) for param in params]
         for k in range(size):
             grads = _pass_through(entries[k], (*params, *segment.exits))
             refuse_sparse(params, grads[: len(params)])
             for block, grad in zip(blocks, grads, strict=False):
-                if grad is not None:
-                    block[k] = grad
+                block[k] = 0 if grad is None else grad
             flowing = zip(segment.exits, grads[len(params) :], strict=True)
             entries[k] = [(edge, cotangent) for edge, cotangent in flowing if cotangent is not None]
             del grads
@@ -99,32 +119,9 @@ def _pass_through(entries: Sequence[tuple[Root, Tensor]], targets: Sequence[Any]
     return torch.autograd.grad(roots, targets, cotangents, retain_graph=True, allow_unused=True)
 
 
-@dataclass(frozen=True, eq=False)
-class _Cut:
-    """A place where the graph may be cut: nothing that flows out of it flows into something else that does.
-
-    Attributes:
-        position: How many parameters lie above.
-        exits: The edges that cross it.
-        width: Their bytes.
-    """
-
-    position: int
-    exits: tuple[GradientEdge, ...]
-    width: int
-
-
-@dataclass(frozen=True, eq=False)
-class _Walk:
-    """Parameters in the order in which backward passes finish them, their bytes, and where to cut in between."""
-
-    taken: tuple[int, ...]
-    sizes: tuple[int, ...]
-    cuts: tuple[_Cut, ...]
-
-
-def _walk(roots: Sequence[Root], params: Sequence[Tensor]) -> _Walk:
-    """Visits the nodes above the parameters, users first, as a backward pass does."""
+def walk_down(losses: Losses, plan: Plan) -> Walk:
+    """Visits the nodes above the shared parameters, users first, as a backward pass does."""
+    roots, params = losses.roots, plan.shared
     positions = {id(param): index for index, param in enumerate(params)}
     starts = [root if isinstance(root, GradientEdge) else get_gradient_edge(root) for root in roots]
     above = _above(starts, positions)
@@ -150,11 +147,11 @@ def _walk(roots: Sequence[Root], params: Sequence[Tensor]) -> _Walk:
         if edge.node in above:
             arrive(edge.node)
     taken: list[int] = []
-    cuts: list[_Cut] = []
+    cuts: list[Cut] = []
     while ready:
         if len(ready) == len(open_edges) and not any(_is_leaf(node) for node in open_edges):
             exits = [GradientEdge(node, output) for node, outputs in open_edges.items() for output in sorted(outputs)]
-            cuts.append(_Cut(len(taken), tuple(exits), sum(map(_bytes, exits))))
+            cuts.append(Cut(len(taken), tuple(exits), sum(map(_bytes, exits))))
         _, _, node = heapq.heappop(ready)
         del open_edges[node]
         if _is_leaf(node):
@@ -165,7 +162,8 @@ def _walk(roots: Sequence[Root], params: Sequence[Tensor]) -> _Walk:
         for child, _ in below:
             arrive(child)
     sizes = tuple(params[index].numel() * params[index].element_size() for index in taken)
-    return _Walk(tuple(taken), sizes, tuple(cuts))
+    between = tuple(cut for cut in _thinned(cuts) if 0 < cut.position < len(taken))
+    return Walk(tuple(taken), sizes, between, tuple(sorted(set(range(len(params))) - set(taken))))
 
 
 def _above(starts: Sequence[GradientEdge], positions: dict[int, int]) -> set[Any]:
@@ -196,16 +194,16 @@ def _uses(starts: Iterable[GradientEdge], above: set[Any]) -> dict[Any, int]:
     return uses
 
 
-def _thinned(cuts: Sequence[_Cut]) -> list[_Cut]:
+def _thinned(cuts: Sequence[Cut]) -> list[Cut]:
     """Of the cuts between the same two parameters, the narrowest one."""
-    best: dict[int, _Cut] = {}
+    best: dict[int, Cut] = {}
     for cut in cuts:
         if cut.position not in best or cut.width < best[cut.position].width:
             best[cut.position] = cut
     return [best[position] for position in sorted(best)]
 
 
-def _narrowest(cuts: Sequence[_Cut], sizes: Sequence[int]) -> tuple[list[_Cut], int]:
+def _narrowest(cuts: Sequence[Cut], sizes: Sequence[int]) -> tuple[list[Cut], int]:
     """The chain of cuts, from the first to the last, whose widest segment is narrowest; of those, a shortest one."""
     offsets = [0, *np.cumsum(sizes, dtype=np.int64).tolist()]
     best: list[tuple[float, int, int]] = [(0.0, 0, -1)]  # width, segments, predecessor
@@ -223,10 +221,6 @@ def _narrowest(cuts: Sequence[_Cut], sizes: Sequence[int]) -> tuple[list[_Cut], 
         chosen.append(cuts[j])
         j = best[j][2]
     return chosen[::-1], int(best[-1][0])
-
-
-def _with(segment: Segment, more: set[int]) -> Segment:
-    return Segment((*segment.params, *sorted(more)), segment.exits)
 
 
 def _is_leaf(node: Any) -> bool:

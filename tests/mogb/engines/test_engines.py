@@ -11,7 +11,7 @@ import mogb
 from mogb.engines import choice
 from mogb.engines.losses import as_losses
 from mogb.engines.plan import make_plan
-from mogb.engines.streaming import find_segments
+from mogb.engines.streaming import walk_down
 
 ENGINES = ("sequential", "batched", "streaming")
 
@@ -123,36 +123,38 @@ def test_a_loss_that_is_part_of_another_one():
 
 
 class TestSegments:
-    def segments(self, net):
+    def walk(self, net):
         losses = as_losses(losses_of(net, *batch()))
         plan = make_plan(losses, net)
-        return plan, find_segments(losses, plan)
+        walk = walk_down(losses, plan)
+        cuts, width = walk.narrowest()
+        return plan, walk.segments(cuts), width
 
     def test_every_parameter_is_in_one_segment(self):
-        plan, segments = self.segments(residual(depth=6))
-        members = [index for part in segments.parts for index in part.params]
+        plan, segments, _ = self.walk(residual(depth=6))
+        members = [index for part in segments for index in part.params]
         assert sorted(members) == list(range(len(plan.shared)))
-        assert len(segments.parts) > 3
+        assert len(segments) > 3
 
     def test_the_widest_segment_of_equal_blocks_is_about_one_block(self):
         net = residual(depth=8, width=32)
-        _, segments = self.segments(net)
+        _, _, width = self.walk(net)
         block = 8 * sum(param.numel() for param in net[1].parameters())
         cotangent = 8 * 6 * 32
-        assert segments.width <= block + 4 * cotangent
+        assert width <= block + 4 * cotangent
 
     def test_a_chain_is_cut_where_it_is_narrow(self):
         # 5 -> 40 -> 2 -> 40 -> 3: of all cuts, the one at the two numbers costs least.
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(5, 40), nn.Linear(40, 2), nn.Linear(2, 40), nn.Linear(40, 3)).double()
-        _, segments = self.segments(net)
-        exits = [edge.node._input_metadata[edge.output_nr].shape for part in segments.parts for edge in part.exits]
+        _, segments, _ = self.walk(net)
+        exits = [edge.node._input_metadata[edge.output_nr].shape for part in segments for edge in part.exits]
         assert any(tuple(shape)[-1] == 2 for shape in exits)
 
     def test_a_matrix_used_above_and_below_forbids_the_cuts_in_between(self):
-        plan, segments = self.segments(tied(depth=4))
+        plan, segments, _ = self.walk(tied(depth=4))
         shared = next(index for index, p in enumerate(plan.shared) if p.shape == (32, 8))
-        assert sum(shared in part.params for part in segments.parts) == 1
+        assert sum(shared in part.params for part in segments) == 1
 
     def test_where_no_cut_helps_streaming_is_sequential_and_says_so(self):
         point = torch.ones(4, requires_grad=True)

@@ -24,8 +24,8 @@ class Tasks(nn.Module):
         first = self.trunk[0](batch(size)[0])
         first.register_hook(self.count)
         hidden = self.trunk[1:](first)
-        scales = (1.0, 30.0, 0.1)
-        return hidden, [s * (h(hidden.tanh()) - i).square().mean() for i, (s, h) in enumerate(zip(scales, self.heads))]
+        pairs = zip((1.0, 30.0, 0.1), self.heads, strict=True)
+        return hidden, [s * (h(hidden.tanh()) - i).square().mean() for i, (s, h) in enumerate(pairs)]
 
 
 @pytest.mark.parametrize("name", [name for name in mogb.registered() if mogb.make(name).reads != "losses"])
@@ -35,7 +35,10 @@ def test_the_cotangent_is_that_of_the_method_and_goes_through_the_trunk_once(nam
     rows = rows_by_hand(losses, [hidden])
     cotangent = mogb.make(name)(rows, torch.stack([loss.detach() for loss in losses]))
     expected = torch.autograd.grad(hidden, list(tasks.trunk.parameters()), cotangent.view_as(hidden))
-    heads = [torch.autograd.grad(loss, list(h.parameters()), retain_graph=True) for loss, h in zip(losses, tasks.heads)]
+    heads = [
+        torch.autograd.grad(loss, list(h.parameters()), retain_graph=True)
+        for loss, h in zip(losses, tasks.heads, strict=True)
+    ]
     hidden, losses = tasks.losses()
     tasks.passed = 0
     report = mogb.backward(losses, None, mogb.make(name), shared=hidden)
@@ -94,7 +97,7 @@ def test_a_balancer_reuses_the_weights_in_one_pass():
     second = balancer.backward(losses, shared=hidden)
     assert (first.backward_passes, second.backward_passes) == (4, 1)
     expected = torch.autograd.grad(
-        sum(w * loss for w, loss in zip(first.weights, tasks.losses()[1])), list(tasks.trunk.parameters())
+        sum(w * loss for w, loss in zip(first.weights, tasks.losses()[1], strict=True)), list(tasks.trunk.parameters())
     )
     assert_close([param.grad for param in tasks.trunk.parameters()], list(expected))
 
