@@ -89,7 +89,7 @@ def save_grid(images: Tensor, path: Path, *, columns: int = 8, scale: int | None
     from PIL import Image
 
     count, _, height, width = images.shape
-    factor = scale or max(1, 64 // height)
+    factor = scale or max(1, 96 // height)
     columns = min(columns, count)
     gap, rows = max(2, factor), -(-count // columns)
     cell_h, cell_w = height * factor + gap, width * factor + gap

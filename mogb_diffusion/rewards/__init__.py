@@ -64,8 +64,9 @@ def load(name: str, **options: Any) -> Reward:
         return cast(Reward, found)
     try:
         made = cast(Reward, found(**options))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"The reward {name!r} cannot be made with {options}: {error}") from error
+    except (TypeError, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"The reward {name!r} cannot be made with {options}: {reason}") from error
     if not callable(made):
         raise InputError(f"The reward {name!r} must be callable with images and prompts.")
     return made

@@ -173,9 +173,10 @@ def test_rewards_are_found_by_name_or_address():
     )
     assert list(made.rewards) == ["text", "brightness"]
     for name in BUILT_IN:
-        assert load(name) is not None
+        if name.startswith("world_"):  # the others load weights
+            assert load(name).applies(Prompt("a red circle")) in (True, False)
     for name, options, words in (
-        ("beauty", {}, "There is no reward 'beauty'. Known ones: world_preference"),
+        ("beauty", {}, "There is no reward 'beauty'. Known ones: .*world_preference"),
         ("nowhere.at.all:Reward", {}, "cannot be imported"),
         (f"{__name__}:Nothing", {}, "has no Nothing"),
         (f"{__name__}:brightness", {"x": 1}, "takes no options"),

@@ -41,9 +41,9 @@ def test_a_run_leaves_what_it_promises(tmp_path):
 @pytest.mark.parametrize(
     "assignments",
     [
-        (),
+        pytest.param((), marks=pytest.mark.slow),
         ("balancing={mode: marble, refresh_every: 3}", "policy.ema=0.9", "loss.memory=0.5", "loss.kl_weight=0.1"),
-        ("balancing.mode=marble_spread", "policy.kind=full", "optimizer.lr=1e-4"),
+        pytest.param(("balancing.mode=marble_spread", "policy.kind=full", "optimizer.lr=1e-4"), marks=pytest.mark.slow),
     ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, assignments):
@@ -219,6 +219,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
         assert report.passes == (2 if mode == "marble_exact" else 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("assignments", [("model.dtype=bfloat16",), ("sampling.guidance=2", "sampling.solver=dpm2")])
 def test_other_settings_train_too(assignments):
     trainer = train(None, *assignments, epochs=1)
