@@ -147,7 +147,7 @@ class Balancer:
         Raises:
             ValueError: The number of losses changed between two refreshes; otherwise as :func:`mogb.backward`.
         """
-        source = self._source(losses, shared, scaler, num_samples, retain_graph)
+        source = self._source(losses, shared, scaler, num_samples, retain_graph, adds=self._pending is not None)
         return self._step(source)
 
     def accumulate(
@@ -168,7 +168,7 @@ class Balancer:
                 accumulated is dropped, and the method's state is what it was before the step; between refreshes,
                 ``.grad`` keeps what earlier micro-batches added.
         """
-        self._accumulate(self._source(losses, None, scaler, num_samples, retain_graph))
+        self._accumulate(self._source(losses, None, scaler, num_samples, retain_graph, adds=True))
 
     def backward_terms(
         self,
@@ -327,7 +327,10 @@ class Balancer:
         scaler: Any,
         num_samples: int | float | None,
         retain_graph: bool,
+        *,
+        adds: bool,
     ) -> Source:
+        """The losses of a step, or of a micro-batch that adds to one."""
         if shared is not None and self._pending is not None:
             raise ValueError("shared= does not go with micro-batches: each has a representation of its own.")
         return make_source(
@@ -336,7 +339,7 @@ class Balancer:
             self.aggregator,
             shared=shared,
             grouping=self._grouping,
-            engine=self.engine,
+            engine="sequential" if self.engine == "auto" and (adds or self._remembered is not None) else self.engine,
             scaler=scaler,
             num_samples=num_samples,
             process_group=self.process_group,

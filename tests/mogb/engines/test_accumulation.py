@@ -7,6 +7,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import mogb
+from mogb.engines import choice
 
 
 def method(name):
@@ -176,6 +177,15 @@ class TestFailures:
         with pytest.raises(ValueError, match="keeps no rows"):
             balancer.accumulate(micro_losses(net, PARTS[0]))
         assert balancer.backward(losses_of(net, *batch())).engine == "streaming"
+
+
+def test_rows_that_would_be_streamed_are_kept_for_micro_batches(monkeypatch):
+    monkeypatch.setattr(choice, "memory", lambda device: 1)
+    net = residual(depth=8, width=32)
+    balancer = mogb.Balancer(mogb.make("mgda"), net)
+    assert balancer.backward(losses_of(net, *batch())).engine == "streaming"
+    balancer.accumulate(micro_losses(net, PARTS[0]))
+    assert balancer.backward(micro_losses(net, PARTS[1])).engine == "sequential"
 
 
 def test_per_sample_terms_accumulate():
