@@ -6,7 +6,6 @@ from mogb.catalog import list_aggregators, list_problems
 from mogb.recommend import Facts, Needs, recommend
 
 HERE = pathlib.Path(__file__).parent
-BEGIN, END = "<!-- computed: begin -->", "<!-- computed: end -->"
 # Of docs/choosing.md: what somebody wants, and how to ask for it.
 QUESTIONS = {
     "Nothing in particular": Needs(),
@@ -77,10 +76,19 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.0%}"
 
 
+def fronts() -> str:
+    """The table of benchmarks/results/front.md."""
+    text = (HERE.parent / "benchmarks" / "results" / "front.md").read_text()
+    return "\n".join(line for line in text.splitlines() if line.startswith("|"))
+
+
 def with_computed(page: str) -> str:
-    """The page with its computed part brought up to date."""
-    head, rest = page.split(BEGIN)
-    return f"{head}{BEGIN}\n{choosing()}\n{END}{rest.split(END)[1]}"
+    """The page with its computed parts brought up to date."""
+    for name, part in (("computed", choosing()), ("front", fronts())):
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        head, rest = page.split(begin)
+        page = f"{head}{begin}\n{part}\n{end}{rest.split(end)[1]}"
+    return page
 
 
 if __name__ == "__main__":
