@@ -50,7 +50,7 @@ class Settings:
     """
 
     seed: int = 0
-    steps: int = 1000
+    steps: int = 800
     batch: int = 64
     learning_rate: float = 2e-3
     warmup: int = 50

@@ -102,7 +102,7 @@ class Preference(_WorldReward):
     """
 
     name = "world_preference"
-    spread = 0.1
+    spread = 0.141
 
     def applies(self, prompt: Prompt) -> bool:
         return True
@@ -141,7 +141,7 @@ class Aesthetic(_WorldReward):
     """
 
     name = "world_aesthetic"
-    spread = 0.1
+    spread = 0.160
 
     def applies(self, prompt: Prompt) -> bool:
         return True
@@ -161,7 +161,7 @@ class Alignment(_WorldReward):
     """How much the best place of the picture looks like what the prompt names; the mean over objects."""
 
     name = "world_alignment"
-    spread = 0.1
+    spread = 0.137
 
     def applies(self, prompt: Prompt) -> bool:
         return _is_sign(prompt) or _is_objects(prompt)
@@ -205,7 +205,7 @@ class Text(_WorldReward):
 
     name = "world_text"
     specialist = True
-    spread = 0.3
+    spread = 0.250
 
     def applies(self, prompt: Prompt) -> bool:
         return _is_sign(prompt)
@@ -260,7 +260,7 @@ class Composition(_WorldReward):
 
     name = "world_composition"
     specialist = True
-    spread = 0.3
+    spread = 0.387
 
     def __init__(
         self, *, scale: Scale = "as_is", position_bug_compat: bool = True, clip_min: float | None = None

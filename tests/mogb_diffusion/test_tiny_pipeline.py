@@ -1,5 +1,7 @@
 """The tiny model: a true Stable Diffusion 3 pipeline."""
 
+import json
+
 import pytest
 import torch
 
@@ -9,6 +11,8 @@ pytest.importorskip("transformers")
 from diffusers import StableDiffusion3Pipeline
 
 from mogb_diffusion.models import tiny
+from mogb_diffusion.pretrain import measure
+from mogb_diffusion.rewards.world import REWARDS
 from mogb_diffusion.world.captions import object_prompts, sign_prompts
 
 TEXTS = ['a sign that says "CAT"', "a photo of a red circle left of a blue square", ""]
@@ -171,3 +175,30 @@ def test_attention_by_matrix_products_is_the_same_attention():
 def test_attention_masks_are_refused():
     with pytest.raises(ValueError, match="no attention mask"):
         tiny.MatmulAttention()(None, torch.zeros(1, 1, 1), attention_mask=torch.zeros(1))
+
+
+@pytest.fixture(scope="module")
+def description():
+    return json.loads(tiny.WEIGHTS.with_suffix(".json").read_text())
+
+
+def test_the_base_is_worth_what_its_description_says(description):
+    table = measure(tiny.load(), count=160, seed=2)
+    for name, described in description["rewards"]["held_out"].items():
+        error = (table[name]["standard_error"] ** 2 + described["standard_error"] ** 2) ** 0.5
+        assert table[name]["mean"] == pytest.approx(described["mean"], abs=3.5 * error), name
+        assert table[name]["spread"] == pytest.approx(described["spread"], rel=0.4), name
+
+
+def test_the_base_is_imperfect_but_far_from_chance(description):
+    held_out = {name: entry["mean"] for name, entry in description["rewards"]["held_out"].items()}
+    random = measure(tiny.build(0), count=80, seed=2)
+    assert 0.2 < held_out["world_text"] < 0.8
+    assert 0.2 < held_out["world_composition"] < 0.8
+    for name in ("world_text", "world_composition", "world_preference"):
+        assert held_out[name] > random[name]["mean"] + 0.1, name
+
+
+def test_the_spreads_of_the_rewards_are_those_of_the_base(description):
+    for name, reward in REWARDS.items():
+        assert reward.spread == pytest.approx(description["rewards"]["train"][name]["spread"], abs=0.005), name
