@@ -11,9 +11,12 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mogb_diffusion.errors import CheckpointError, InputError, RewardFailure
+
+if TYPE_CHECKING:
+    from mogb_diffusion.prompts import Prompt
 
 PROGRAM = "mogb-diffusion"
 
@@ -105,10 +108,18 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="as for train")
 
     command = _command(
-        commands, "prompts", _prompts, "check a prompt file, or write prompts of the tiny world",
-        f"{PROGRAM} prompts train.jsonl\n  {PROGRAM} prompts --world 100 --kind text --out signs.jsonl",
+        commands, "prompts", _prompts, "check a prompt file, or draw prompts",
+        f"{PROGRAM} prompts train.jsonl\n"
+        f"  {PROGRAM} prompts geneval --n 2000 --seed 0 --apart-from test_metadata.jsonl --out train_metadata.jsonl\n"
+        f"  {PROGRAM} prompts ocr --n 2000 --out train.txt\n"
+        f"  {PROGRAM} prompts --world 100 --kind text --out signs.jsonl",
     )  # fmt: skip
-    command.add_argument("file", metavar="FILE", nargs="?", help="text, GenEval or generic JSONL")
+    command.add_argument(
+        "file", metavar="FILE|geneval|ocr", nargs="?",
+        help="text, GenEval or generic JSONL; or geneval (its metadata format) or ocr (text) to draw prompts",
+    )  # fmt: skip
+    command.add_argument("--n", metavar="N", type=_positive, default=1000, help="geneval, ocr: how many; default: 1000")
+    command.add_argument("--apart-from", metavar="FILE", help="geneval, ocr: draw none of the prompts of this file")
     command.add_argument("--format", choices=("auto", "text", "geneval", "jsonl"), default="auto", help="default: auto")
     command.add_argument("--world", metavar="N", type=_positive, help="draw N prompts of the tiny world instead")
     command.add_argument("--kind", choices=("mixed", "text", "objects"), default="mixed", help="of the world's prompts")
@@ -319,9 +330,11 @@ def _prompts(options: argparse.Namespace) -> int:
 
         generator = keyed_generator(options.seed, "prompts")
         prompts = sample_prompts(options.world, generator, kind=options.kind, split=options.split)
+    elif options.file in ("geneval", "ocr"):
+        prompts = _drawn(options)
     else:
         prompts = read_prompts(options.file, options.format)
-    if options.out:
+    if options.out and options.file not in ("geneval", "ocr"):
         write_prompts(prompts, options.out)
     signs = sum(prompt.target_text is not None for prompt in prompts)
     tags: dict[str, int] = {}
@@ -334,6 +347,24 @@ def _prompts(options: argparse.Namespace) -> int:
     for prompt in prompts[:5]:
         print(f"  {prompt.text}")
     return 0
+
+
+def _drawn(options: argparse.Namespace) -> "list[Prompt]":
+    """Prompts in the form of GenEval's or of OCR's files, written in that form."""
+    from mogb_diffusion.generate import geneval_prompts, ocr_prompts, write_geneval, write_text
+    from mogb_diffusion.prompts import read_prompts
+
+    if not options.out:
+        raise InputError(f"prompts {options.file} writes a file: say where with --out FILE.")
+    known = [prompt.text for prompt in read_prompts(options.apart_from)] if options.apart_from else []
+    try:
+        if options.file == "geneval":
+            write_geneval(options.out, geneval_prompts(options.n, options.seed, apart_from=known))
+        else:
+            write_text(options.out, ocr_prompts(options.n, options.seed, apart_from=known))
+    except OSError as error:
+        raise InputError(f"--out {options.out} cannot be written: {error.strerror}.") from error
+    return read_prompts(options.out, "geneval" if options.file == "geneval" else "text")
 
 
 def _loaded(options: argparse.Namespace) -> Any:

@@ -153,6 +153,26 @@ def test_the_doctor_looks_at_packages_and_recipes(capsys):
     assert "specialists: composition, text" in told
 
 
+def test_prompts_are_drawn_apart_from_a_test_file(tmp_path, capsys):
+    test, train, signs = (str(tmp_path / name) for name in ("test_metadata.jsonl", "train_metadata.jsonl", "train.txt"))
+    assert main(["prompts", "geneval", "--n", "60", "--out", test]) == 0
+    assert main(["prompts", "geneval", "--n", "90", "--apart-from", test, "--out", train]) == 0
+    assert main(["prompts", "ocr", "--n", "30", "--seed", "4", "--out", signs]) == 0
+    told = capsys.readouterr().out
+    assert "90 prompts, 90 different; 0 with a text to show" in told
+    assert "30 prompts, 30 different; 30 with a text to show" in told
+    assert "position: 15" in told
+    lines = {
+        name: set((tmp_path / name).read_text().splitlines())
+        for name in ("test_metadata.jsonl", "train_metadata.jsonl")
+    }
+    assert not lines["test_metadata.jsonl"] & lines["train_metadata.jsonl"]
+    assert main(["prompts", "ocr"]) == 2
+    assert "--out FILE" in capsys.readouterr().err
+    assert main(["prompts", "ocr", "--out", str(tmp_path / "no" / "where.txt")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
 def test_prompt_files_are_checked_and_written(tmp_path, capsys):
     path = tmp_path / "world.jsonl"
     assert main(["prompts", "--world", "12", "--out", str(path)]) == 0
