@@ -86,7 +86,9 @@ def test_show_tells_what_it_is_and_what_can_be_set(capsys, name):
     assert {"cagrad": "  c = 0.", "smoothed": "  decay = 0.9", "valley_scaled": "  steps: 50000"}[name] in printed
 
 
-@pytest.mark.parametrize("command", [[], ["list"], ["show"], ["cite"], ["compare"], ["report"], ["front"], ["recommend"]])
+@pytest.mark.parametrize(
+    "command", [[], ["list"], ["show"], ["cite"], ["compare"], ["report"], ["front"], ["recommend"]]
+)
 def test_every_command_has_help_with_an_example(capsys, command):
     assert call(*command, "--help") == 0
     printed = capsys.readouterr().out
