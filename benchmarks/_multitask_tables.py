@@ -33,9 +33,15 @@ def verdict(rows: Mapping[str, Sequence[Row]]) -> str:
         lines.append(
             f"- **{problem}**: the best mean is {best.method}'s, {best.delta.text(sign=True)} %{against}. Against "
             f"{BASELINE}, {_named(names['better'], 'better')}; {_named(names['worse'], 'worse')}; "
-            f"{len(names['cannot be told apart'])} cannot be told apart; {_named(names['failed'], 'failed')}."
+            f"{len(names['cannot be told apart'])} cannot be told apart; {_named(names['failed'], 'failed')}. One by "
+            f"one, without the correction, {_named([row.method for row in others if _ahead(row)], 'ahead')}."
         )
     return "\n".join(lines)
+
+
+def _ahead(row: Row) -> bool:
+    """Whether the interval of the gain lies above 0, as if this were the only method."""
+    return row.gain is not None and row.gain.mean - row.gain.half > 0
 
 
 def _named(methods: Sequence[str], kind: str) -> str:
