@@ -31,12 +31,12 @@ def tiny() -> Run:
     """Five rewards, balanced exactly at every step: the demo."""
     return Run(
         name="tiny",
-        epochs=24,
+        epochs=26,
         model=Model(source="tiny"),
         policy=Policy(rank=16, alpha=32.0, old_schedule="linear", ema=0.0),
         prompts=(
-            Prompts(format="world", kind="objects", count=384),
-            Prompts(format="world", kind="text", count=128),
+            Prompts(format="world", kind="objects", count=384, weight=5.0),
+            Prompts(format="world", kind="text", count=128, weight=3.0),
         ),
         rewards=REWARDS,
         batch=Batch(groups=8, images_per_prompt=12, micro_batch=48, updates_per_epoch=2, timesteps=2),
