@@ -199,6 +199,14 @@ def test_the_average_is_corrected_for_its_start():
     assert_close(unbiased.estimate.signal, expected)
 
 
+def test_the_average_has_the_scale_of_the_gradients_from_the_first_step_on():
+    rows = normal(3, 25)
+    bargain = mogb.make("nash_mtl", max_norm=0.0)  # its weights fall with the square root of the Gramian
+    averaged = Unbiased(bargain, decay=0.9)
+    for _ in range(2):
+        assert_close(averaged(torch.cat([rows, rows])), bargain(rows))
+
+
 def test_averaged_gramians_find_the_weights_of_the_exact_one():
     problem = Bowls(noise=1.0)
     point = problem.starts()[0]
