@@ -21,7 +21,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/mogb compare --quick --out runs/demo --overwrite
-	@echo "Pictures: runs/demo/*.png  Tables: runs/demo/summary.md  Everything on one page: runs/demo/report.html"
+	rm -rf runs/tiny
+	$(BIN)/mogb-diffusion train tiny --out runs/tiny
+	@echo "Methods on toy problems:  runs/demo/*.png, runs/demo/summary.md, and on one page runs/demo/report.html"
+	@echo "Five rewards, tiny model: runs/tiny/*.png, runs/tiny/samples/, and on one page runs/tiny/report.html"
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not gpu"
