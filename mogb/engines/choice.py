@@ -10,7 +10,8 @@ streaming      K, and one for the       K × the widest block       large N: row
 =============  =======================  =========================  ===================================================
 
 ``"auto"`` is sequential, unless the rows would take more than a quarter of the device's memory and streaming halves
-that. It never batches: measured on CPUs, that is slower for every model of the benchmark (docs/engines.md).
+that. It never batches: measured on CPUs, that pays for plain MLPs alone, takes K-fold activations elsewhere, and can't
+always name the objective behind a NaN (docs/engines.md).
 
 Shapes: K = objectives, N = numbers in one gradient.
 """
