@@ -504,4 +504,13 @@ class PerSample:
         height = min(len(problem), rank * problem.samples)
         own = sum(param.numel() for param in self.params)
         everything = sum(param.numel() for param in self.model.parameters())
-        return rank * height * own > 2 * self._attachment.tokens() * (everything + own)
+        tokens = self._attachment.tokens()
+        pairs = sum(min(param.numel(), tokens**2 * sum(_sides(param))) for param in self.params)
+        gramian = rank**2 * problem.samples / 2 * pairs  # every sample with every other, once
+        return rank * height * own > 2 * tokens * (everything + own) + gramian
+
+
+def _sides(param: Tensor) -> tuple[int, int]:
+    """Height and width of a parameter as a matrix."""
+    height = param.shape[0] if param.ndim > 1 else 1
+    return height, param.numel() // max(height, 1)

@@ -841,9 +841,11 @@ def test_balancing_drops_the_rows_where_that_is_cheaper():
     for model, inputs, store in (
         (nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 3)), x, "gramian"),
         (make("lora", torch.float32)[0], torch.randint(11, (16, 40)), "dense"),
+        # Many samples: their products with each other cost more than the rows.
+        (nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 3)), torch.randn(2000, 6), "dense"),
     ):
         with PerSample(model) as engine:
-            engine.backward(two_terms(model(inputs)), coefficients(12, 16), mogb.make("mgda"))
+            engine.backward(two_terms(model(inputs)), coefficients(12, len(inputs)), mogb.make("mgda"))
             assert engine.report.store == store
 
 
