@@ -173,10 +173,9 @@ def measure(options: argparse.Namespace, rewards: int) -> dict[str, dict[str, fl
     print()
     found = {}
     for mode, epochs in seconds.items():
-        kept = epochs[1:] if len(epochs) > 1 else epochs
-        # An amortized mode solves at some steps only: what a step costs on average counts, not the median.
-        middle = np.mean if mode.startswith("marble (") else np.median
-        phases = {phase: float(middle([e.get(phase, 0.0) for e in kept])) for phase in ("sampling", "rewards", *UPDATE)}
+        phases = {
+            phase: typical(mode, [e.get(phase, 0.0) for e in epochs]) for phase in ("sampling", "rewards", *UPDATE)
+        }
         phases["update"] = sum(phases[phase] for phase in UPDATE)
         phases["epoch"] = phases["update"] + phases["sampling"] + phases["rewards"]
         phases["peak_mib"] = peak(trainers[mode], options.epochs)
@@ -184,6 +183,14 @@ def measure(options: argparse.Namespace, rewards: int) -> dict[str, dict[str, fl
     for trainer in trainers.values():
         trainer.close()
     return found
+
+
+def typical(mode: str, seconds: list[float]) -> float:
+    """The median over the epochs after the first; solves and the steps between them apart where a mode amortizes."""
+    if not mode.startswith("marble ("):
+        return float(np.median(seconds[1:] or seconds))
+    solved, between = seconds[10::10] or seconds[:1], [s for n, s in enumerate(seconds) if n % 10]
+    return float(0.1 * np.median(solved) + 0.9 * np.median(between or solved))
 
 
 def as_markdown(results: dict[str, dict[str, dict[str, float]]]) -> str:
