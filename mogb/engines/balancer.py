@@ -333,13 +333,14 @@ class Balancer:
         """The losses of a step, or of a micro-batch that adds to one."""
         if shared is not None and self._pending is not None:
             raise ValueError("shared= does not go with micro-batches: each has a representation of its own.")
+        keeps_rows = adds or self._remembered is not None  # or needs none: nothing to choose
         return make_source(
             losses,
             self.params,
             self.aggregator,
             shared=shared,
             grouping=self._grouping,
-            engine="sequential" if self.engine == "auto" and (adds or self._remembered is not None) else self.engine,
+            engine="sequential" if self.engine == "auto" and keeps_rows and shared is None else self.engine,
             scaler=scaler,
             num_samples=num_samples,
             process_group=self.process_group,

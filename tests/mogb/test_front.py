@@ -218,8 +218,8 @@ def test_bad_input_is_one_line_and_status_2(arguments, complaint, capsys, tmp_pa
 
 
 def test_a_method_that_refuses_the_problem_is_status_1(capsys, tmp_path):
-    # The valley's losses are negative near its front, and the sum of logarithms needs positive ones.
-    arguments = ("si", "--problem", "valley", "--points", 2, "--steps", 2, "--no-figures")
+    # A loss of the valley is 0 where it starts, and ratios of losses need positive ones.
+    arguments = ("go4align", "--problem", "valley", "--points", 2, "--steps", 2, "--no-figures")
     assert call(*arguments, "--out", tmp_path / "out") == 1
     error = capsys.readouterr().err
     assert "seed 0 failed" in error

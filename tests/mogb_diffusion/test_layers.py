@@ -20,7 +20,7 @@ LINES = (
     ("rewards.geneval", "rewards.ocr", "rewards", "world.vocabulary", "world"),
     ("world.captions", "world.drawing"),
     ("rewards.world", "models.tiny", "models"),
-    ("recipes",),
+    ("recipes", "generate"),
     ("datasets", "clock", "distributed", "models.sd3", "policy", "scoring", "checkpoint", "tracking"),
     ("rollouts", "signals"),
     ("evaluation", "balancing", "pretrain"),
