@@ -223,7 +223,7 @@ def test_a_method_that_refuses_the_problem_is_status_1(capsys, tmp_path):
     assert call(*arguments, "--out", tmp_path / "out") == 1
     error = capsys.readouterr().err
     assert "seed 0 failed" in error
-    assert "'si' needs losses above 0" in error
+    assert "'go4align' needs losses above 0" in error
     assert not (tmp_path / "out").exists()
 
 
