@@ -114,9 +114,9 @@ class Monitor:
                 f"step={number} comes after step {self.step - 1}: steps must increase. After a checkpoint is loaded, "
                 "make the Monitor with resume=True."
             )
+        record = describe(report, number, self.names)
         if self._may_go_back:
             self._drop_from(number)
-        record = describe(report, number, self.names)
         if self._writes:
             self._write(record)
         self._may_go_back, self.step, self.last = False, number + 1, record
@@ -187,11 +187,11 @@ class Monitor:
         if path.is_dir():
             raise ValueError(f"path must be a file of JSON lines, but {path} is a folder: add a name, monitor.jsonl.")
         if path.exists() and path.stat().st_size:
-            if not resume:
+            if not resume and self._writes:
                 raise FileExistsError(
                     f"{path} is there already: pass resume=True to go on with it, remove it, or choose another path."
                 )
-            found = list(_read(path))
+            found = list(_read(path)) if resume else []
             if found:
                 self.last = found[-1][0]
                 self.step = self.last["step"] + 1

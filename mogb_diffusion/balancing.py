@@ -275,6 +275,8 @@ class RewardBalancer:
         out = list(solution.left_out)
         alpha[out] = np.nan if not averages else torch.as_tensor(averages[0]).numpy()[out]
         alpha = np.where(np.isnan(alpha), 1 / size, alpha)
+        if alpha.min() < 0 or alpha.sum() <= 0:  # weights of another kind have no shares to keep
+            return
         self._simplex = alpha / alpha.sum()
         known = np.where(np.isnan(self._norms), np.nanmean(self._norms) if np.isfinite(self._norms).any() else 1.0,
                          self._norms)  # fmt: skip

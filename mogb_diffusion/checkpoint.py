@@ -37,6 +37,7 @@ def save(root: Path, step: int, state: dict[str, Any], export: Callable[[Path], 
     Raises:
         CheckpointError: It could not be written, as when the disk is full. Earlier checkpoints are untouched.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     final = root / f"{PREFIX}{step:06d}"
@@ -62,13 +63,14 @@ def save(root: Path, step: int, state: dict[str, Any], export: Callable[[Path], 
         _flush(root)
         shutil.rmtree(aside, ignore_errors=True)
         _write_whole(root / LATEST, final.name)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter is no OSError, also where the disk is full
         shutil.rmtree(staging, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise CheckpointError(
-            f"The checkpoint {final} could not be written: {error.strerror or error}. Earlier ones are untouched: "
+            f"The checkpoint {final} could not be written: {reason}. Earlier ones are untouched: "
             "make room and add --resume to go on."
         ) from error
-    _prune(root, keep_last)
+    _prune(root, keep_last, step)
     return final
 
 
@@ -78,6 +80,7 @@ def load(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: It is damaged: a file is missing or is not what was written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
@@ -90,7 +93,7 @@ def load(folder: Path) -> dict[str, Any]:
                 raise CheckpointError(f"{folder} is damaged: {name} is not what was written.")
         tensors = load_file(str(folder / TENSORS))
         state: dict[str, Any] = _unpack(json.loads((folder / STATE).read_text()), tensors)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder} is damaged: {' '.join(str(error).split()) or type(error).__name__}."
         ) from error
@@ -115,8 +118,10 @@ def newest(root: Path, tell: Callable[[str], None]) -> tuple[Path, dict[str, Any
     return None
 
 
-def _prune(root: Path, keep_last: int) -> None:
-    for folder in found(root)[keep_last:] if keep_last else ():
+def _prune(root: Path, keep_last: int, step: int) -> None:
+    """Deletes what is older. Folders of later steps are damaged ones that a resumed run went back over."""
+    earlier = [folder for folder in found(root) if _step(folder) <= step]
+    for folder in earlier[keep_last:] if keep_last else ():
         shutil.rmtree(folder, ignore_errors=True)
     for folder in root.glob(f".staging-{PREFIX}*"):
         shutil.rmtree(folder, ignore_errors=True)

@@ -59,6 +59,10 @@ class ScriptUpdate(Update):
         shortest = -int(balancer.ranks.max(-micro_steps)) if balancer.ranks.size > 1 else micro_steps
         self.solves = shortest if balancer.step == 0 else int(balancer.step % every == 0)
         self.total = micro_steps
+        everywhere = torch.tensor([float(micro_steps)], dtype=torch.float64, device=balancer.parameters[0].device)
+        sum_over_ranks([everywhere], balancer.ranks)
+        self.mean_total = float(everywhere) / balancer.ranks.size  # directions are the ranks' mean already
+        self.before = balancer._simplex
         self.direction = [torch.zeros_like(param) for param in balancer.parameters]
         self.norms: Float64[np.ndarray, " K"] | None = None
         self.gramian: Float64[np.ndarray, "K K"] | None = None
@@ -86,7 +90,7 @@ class ScriptUpdate(Update):
         self._reduce_grads()
         for param, part in zip(balancer.parameters, self.direction, strict=True):
             assert param.grad is not None
-            param.grad = param.grad / size + part / (self.total * balancer.scale.value)
+            param.grad = param.grad / size + part / (self.mean_total * balancer.scale.value)
         if not all(bool(torch.isfinite(part).all()) for part in self.direction):
             self.drop()
             raise NonFiniteError("direction", None)
@@ -103,6 +107,11 @@ class ScriptUpdate(Update):
             shares=balancer._simplex.copy(), norms=self.norms, cosines=cosines, gramian=self.gramian,
             left_out=self.left_out, passes=self.passes / max(1, self.micro_steps),
         )  # fmt: skip
+
+    def drop(self) -> None:
+        """Forgets the step, and what its solves did to the moving average."""
+        super().drop()
+        self.balancer._simplex = self.before
 
     def _combined(self, samples: Sequence[int]) -> Float64[Tensor, "b 2"]:
         """The weights of the terms for the combined advantage."""
@@ -138,6 +147,8 @@ class ScriptUpdate(Update):
             if balancer._simplex is None:
                 balancer._simplex = np.full(size, 1 / size)
             return
+        for block in blocks:
+            block[torch.from_numpy(~valid).to(block.device)] = 0  # else 0 times NaN would be NaN
         unit = gramian[np.ix_(valid, valid)] / np.outer(norms[valid], norms[valid])
         alpha = np.zeros(size)
         alpha[valid] = slsqp_min_norm(unit) if valid.sum() > 1 else 1.0

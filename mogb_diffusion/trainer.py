@@ -35,7 +35,7 @@ from mogb_diffusion.signals import Signal, SignalMaker
 from mogb_diffusion.tracking import Tracker
 
 CONFIG = "config.yaml"
-_FREE = ("epochs", "checkpoints", "tracking", "scoring", "name")  # keys that may change when a run goes on
+_FREE = ("checkpoints", "tracking", "scoring", "name")  # keys that may change when a run goes on
 
 
 class Trainer:
@@ -439,6 +439,8 @@ class Trainer:
         if not path.exists():
             return
         before, now = to_plain(from_yaml(path.read_text(), str(path))), to_plain(self.run)
+        if not (self.run.balancing.stages or self.run.balancing.final_uniform):
+            before["epochs"] = now["epochs"]  # else its parts are shares of them
         if (key := _first_difference(before, now)) is not None:
             raise InputError(
                 f"{path} differs from this configuration in {key}: a run goes on as it began. Name another --out."

@@ -306,14 +306,16 @@ class Balancer:
             problem = f"unknown keys {', '.join(unknown)}" if unknown else "no key 'step'"
             raise ValueError(f"This is no state of a Balancer: {problem}. Pass what Balancer.state_dict() returned.")
         self.discard()
-        self.aggregator.load_state_dict(inner)
-        self._grouping.load_state_dict(groups)
-        self.step = int(state["step"])
-        weights = state.get("weights")
-        self._solution = None
-        if weights is not None:
-            left_out = tuple(torch.as_tensor(state.get("left_out", ())).long().tolist())
-            self._solution = Solution(torch.as_tensor(weights).double().cpu().numpy().copy(), left_out=left_out)
+        before, groups_before = self.aggregator.state_dict(), self._grouping.state_dict()
+        try:
+            step, solution = int(state["step"]), _solution_in(state)
+            self.aggregator.load_state_dict(inner)
+            self._grouping.load_state_dict(groups)
+        except BaseException:
+            self.aggregator.load_state_dict(before)
+            self._grouping.load_state_dict(groups_before)
+            raise
+        self.step, self._solution = step, solution
 
     @property
     def _remembered(self) -> Solution | None:
@@ -451,6 +453,14 @@ def _as_per_sample(engine: object, params: object) -> PerSample | None:
     if not isinstance(params, nn.Module):
         raise ValueError("engine='per_sample' taps the layers of a module: pass it as params, or pass a PerSample.")
     return PerSample(params).attach()
+
+
+def _solution_in(state: Mapping[str, StateValue]) -> Solution | None:
+    weights = state.get("weights")
+    if weights is None:
+        return None
+    left_out = tuple(torch.as_tensor(state.get("left_out", ())).long().tolist())
+    return Solution(torch.as_tensor(weights).double().cpu().numpy().copy(), left_out=left_out)
 
 
 def _check_count(source: Source, solution: Solution) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from mogb.engines.differentiate import Update, averaged, present
-from mogb.engines.distributed import Ranks
+from mogb.engines.distributed import Ranks, refuse_gathered, refuse_static_graph
 from mogb.engines.graph import reached_above, reached_leaves
 from mogb.engines.losses import Losses, as_parameters
 from mogb.engines.plan import Plan, refuse_complex, split
@@ -82,6 +82,8 @@ def plan_representation(losses: Losses, tensors: Sequence[Tensor], params: nn.Mo
         reached.append(frozenset(id(leaf) for leaf in leaves))
     wanted = None if params is None else {id(param) for param in as_parameters(params)}
     refuse_complex([*trunk, *heads.values()])
+    refuse_gathered([*trunk, *heads.values()])
+    refuse_static_graph(losses.roots, trunk)
     several, own = split(heads.values(), reached)
     if wanted is not None:
         trunk = [leaf for leaf in trunk if id(leaf) in wanted]

@@ -115,8 +115,9 @@ def mean_rows(ranks: Ranks, params: Sequence[Tensor], blocks: list[Tensor], *, w
         )
     if not whole and not any(is_sharded(param) for param in params) and _pays(ranks, taken):
         return _scatter(ranks, taken)
-    ranks.average([block for block, param in zip(taken, params, strict=True) if not is_sharded(param)])
-    return Jacobian(tuple(taken), SharedRows(ranks, tuple(params)))
+    averaged = iter(ranks.average([block for block, param in zip(taken, params, strict=True) if not is_sharded(param)]))
+    rows = [block if is_sharded(param) else next(averaged) for block, param in zip(taken, params, strict=True)]
+    return Jacobian(tuple(rows), SharedRows(ranks, tuple(params)))
 
 
 def _pays(ranks: Ranks, blocks: Sequence[Tensor]) -> bool:

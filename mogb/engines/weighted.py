@@ -37,9 +37,10 @@ def weighted_updates(
     targets = plan.shared + tuple(param for k, mine in enumerate(plan.own) if k not in muted for param in mine)
     updates: list[Update] = []
     if targets:
-        total = losses.scalars[0].new_zeros(())
+        # In float32 at least: a weight may be larger than half precision can hold.
+        total = losses.scalars[0].new_zeros((), dtype=torch.promote_types(losses.scalars[0].dtype, torch.float32))
         for loss, weight in zip(losses.scalars, weights, strict=True):
-            total = total + loss * float(weight)
+            total = total + loss.to(total.dtype) * float(weight)
         seed = torch.full_like(total, factor)
         grads = differentiate(total, seed, targets, retain_graph=retain_graph or bool(muted))
         updates += list(zip(plan.shared, _filled(plan.shared, grads), strict=True))

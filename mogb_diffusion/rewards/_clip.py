@@ -6,6 +6,7 @@ here, in our own code: it does not change with the image library or with the kin
 Shapes: B = pictures, S = side of CLIP's input, D = embedding.
 """
 
+import threading
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, Literal, TypeAlias
@@ -34,6 +35,7 @@ class Clip:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
+        self._one_at_a_time = threading.Lock()  # rewards score in threads, and tokenizers hold what they are set to
         self.size = int(model.config.vision_config.image_size)
         self.scale = float(model.logit_scale.detach().float().exp())
 
@@ -52,9 +54,10 @@ class Clip:
     def texts(self, texts: Sequence[str]) -> Tensor:
         """The unit embeddings ``[B, D]``, in float32; longer texts than CLIP can take are cut."""
         limit = int(self.model.config.text_config.max_position_embeddings)
-        tokens = self.tokenizer(
-            list(texts), padding="max_length", truncation=True, max_length=limit, return_tensors="pt"
-        )
+        with self._one_at_a_time:
+            tokens = self.tokenizer(
+                list(texts), padding="max_length", truncation=True, max_length=limit, return_tensors="pt"
+            )
         chosen = {key: tokens[key].to(self.device) for key in ("input_ids", "attention_mask") if key in tokens}
         pooled = self.model.text_model(**chosen).pooler_output
         return functional.normalize(self.model.text_projection(pooled).float(), dim=-1)

@@ -103,6 +103,30 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_intact(tmp_path, monkeypatch)
     assert not list(tmp_path.glob(".staging*"))
 
 
+def test_a_failure_of_the_writer_itself_is_told_apart(tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    def full(tensors, path):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    trainer = train(tmp_path, epochs=1)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    trainer.step = 7
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        trainer.save()
+    assert not list(tmp_path.glob(".staging*"))
+
+
+def test_damaged_checkpoints_of_later_steps_do_not_push_out_a_new_one(tmp_path):
+    for step in (30, 40):
+        (tmp_path / f"checkpoint-{step:06d}").mkdir()
+    for step in (2, 4, 6):
+        checkpoint.save(tmp_path, step, {"step": step}, lambda folder: None, keep_last=2)
+    whole, state = checkpoint.newest(tmp_path, lambda line: None)
+    assert (whole.name, state["step"]) == ("checkpoint-000006", 6)
+    assert not (tmp_path / "checkpoint-000002").exists()
+
+
 def test_only_the_last_checkpoints_are_kept(tmp_path):
     train(tmp_path, "checkpoints.keep_last=2", epochs=4)
     assert [path.name for path in checkpoint.found(tmp_path)] == ["checkpoint-000008", "checkpoint-000006"]

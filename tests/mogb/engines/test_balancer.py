@@ -257,3 +257,16 @@ class TestTerms:
             mogb.Balancer(mogb.make("mgda"), list(net.parameters()), engine="per_sample")
         engine = PerSample(net).attach()
         assert mogb.Balancer(mogb.make("mgda"), net, engine=engine).per_sample is engine
+
+
+def test_a_state_that_cannot_be_taken_over_changes_nothing():
+    weight = torch.zeros(2, requires_grad=True)
+    balancer = mogb.Balancer(mogb.make("marble"), [weight], refresh_every=3)
+    balancer.backward(torch.stack([(weight - 1).square().sum(), (weight + 2).square().sum()]))
+    before = balancer.state_dict()
+    other = mogb.Balancer(mogb.make("marble"), [weight], refresh_every=3).state_dict()
+    with pytest.raises(ValueError, match="invalid literal"):
+        balancer.load_state_dict(other | {"step": "rubbish"})
+    after = balancer.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(torch.as_tensor(after[key]), torch.as_tensor(before[key])) for key in before)

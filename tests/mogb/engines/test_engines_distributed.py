@@ -104,8 +104,22 @@ def other_walk(rank):
     return False
 
 
+def transposed(rank, world):
+    """Vectorized rows of a weight in an einsum are not contiguous."""
+    weight = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4).requires_grad_()
+    inputs, _ = mine(rank, world)
+    losses = torch.einsum("bi,oi->bo", inputs[:, :4].double(), weight).square().mean(0)
+    mogb.backward(losses, [weight], mogb.make("mgda"), engine="batched", num_samples=len(inputs))
+    return weight.grad
+
+
 def work(rank, world, folder):
-    found = {"steps": step_all(rank, world), "skipped": overflow(rank), "told": other_walk(rank)}
+    found = {
+        "transposed": transposed(rank, world),
+        "steps": step_all(rank, world),
+        "skipped": overflow(rank),
+        "told": other_walk(rank),
+    }
     torch.save(found, folder / f"{rank}.pt")
 
 
@@ -124,6 +138,11 @@ def test_two_processes_equal_one(ranks, name):
         assert_close(found[1], gramian, rtol=1e-9, atol=1e-14)
         assert_close(found[0], gradient, rtol=1e-6, atol=1e-10)
     assert torch.equal(ranks[0]["steps"][name][1], ranks[1]["steps"][name][1])
+
+
+def test_rows_that_are_not_contiguous_are_averaged(ranks):
+    for rank in ranks:
+        assert_close(rank["transposed"], transposed(0, 1), rtol=1e-9, atol=1e-12)
 
 
 def test_an_overflow_of_one_rank_skips_the_step_of_all(ranks):
