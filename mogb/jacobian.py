@@ -201,10 +201,7 @@ def _inner_products(rows: Float32[np.ndarray, "K n"]) -> Float32[np.ndarray, "K 
 def _weighted_sum(block: Tensor, weights: Float64[np.ndarray, " K"]) -> Tensor:
     if block.dtype in (torch.float16, torch.bfloat16):
         return _weighted_sum_of_halves(_rows(block), weights).reshape(block.shape[1:])
-    if block.dtype == torch.float32 and block.is_cpu:
-        coefficients = torch.from_numpy(weights.astype(np.float32))
-    else:
-        coefficients = torch.from_numpy(weights).to(block.device, block.dtype)
+    coefficients = torch.from_numpy(weights).to(block.device, block.dtype)
     return coefficients @ block if block.ndim == 2 else (coefficients @ _rows(block)).reshape(block.shape[1:])
 
 

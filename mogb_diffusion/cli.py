@@ -324,18 +324,19 @@ def _prompts(options: argparse.Namespace) -> int:
 
     if (options.file is None) == (options.world is None):
         raise InputError("name a file, or ask for prompts of the tiny world with --world N.")
-    if options.world is not None:
-        from mogb_diffusion.seeds import keyed_generator
-        from mogb_diffusion.world.captions import sample_prompts
-
-        generator = keyed_generator(options.seed, "prompts")
-        prompts = sample_prompts(options.world, generator, kind=options.kind, split=options.split)
-    elif options.file in ("geneval", "ocr"):
+    if options.file in ("geneval", "ocr"):
         prompts = _drawn(options)
     else:
-        prompts = read_prompts(options.file, options.format)
-    if options.out and options.file not in ("geneval", "ocr"):
-        write_prompts(prompts, options.out)
+        if options.world is None:
+            prompts = read_prompts(options.file, options.format)
+        else:
+            from mogb_diffusion.seeds import keyed_generator
+            from mogb_diffusion.world.captions import sample_prompts
+
+            generator = keyed_generator(options.seed, "prompts")
+            prompts = sample_prompts(options.world, generator, kind=options.kind, split=options.split)
+        if options.out:
+            write_prompts(prompts, options.out)
     signs = sum(prompt.target_text is not None for prompt in prompts)
     tags: dict[str, int] = {}
     for prompt in prompts:

@@ -59,8 +59,7 @@ class ScriptUpdate(Update):
         shortest = -int(balancer.ranks.max(-micro_steps)) if balancer.ranks.size > 1 else micro_steps
         self.solves = shortest if balancer.step == 0 else int(balancer.step % every == 0)
         self.total = micro_steps
-        everywhere = torch.tensor([float(micro_steps)], dtype=torch.float64, device=balancer.parameters[0].device)
-        sum_over_ranks([everywhere], balancer.ranks)
+        everywhere = balancer.ranks.sum(torch.tensor(float(micro_steps), dtype=torch.float64))
         self.mean_total = float(everywhere) / balancer.ranks.size  # directions are the ranks' mean already
         self.before = balancer._simplex
         self.direction = [torch.zeros_like(param) for param in balancer.parameters]

@@ -26,7 +26,8 @@ from mogb.engines.graph import reached_above, reached_leaves
 from mogb.engines.losses import Losses, as_parameters
 from mogb.engines.plan import Plan, refuse_complex, split
 from mogb.engines.rows import Rows, sequential_rows
-from mogb.engines.weighted import guilty, weighted_updates
+from mogb.engines.source import GraphSource
+from mogb.engines.weighted import guilty
 from mogb.errors import NonFiniteError
 from mogb.jacobian import Jacobian, all_finite
 
@@ -99,8 +100,8 @@ def plan_representation(losses: Losses, tensors: Sequence[Tensor], params: nn.Mo
     return Plan(tuple(trunk), own)
 
 
-class RepresentationSource:
-    """Losses whose gradients stop at tensors: see :class:`mogb.engines.step.Source`."""
+class RepresentationSource(GraphSource):
+    """Losses whose gradients stop at tensors."""
 
     engine = "representation"
     note = ""
@@ -116,22 +117,8 @@ class RepresentationSource:
         *,
         retain_graph: bool,
     ) -> None:
-        self.losses = losses
-        self.plan = plan
+        super().__init__(losses, plan, ranks, scale, retain_graph=retain_graph)
         self.tensors = tensors
-        self.ranks = ranks
-        self.scale = scale
-        self.retain_graph = retain_graph
-        self.names = losses.names
-        self.values = ranks.mean_losses(losses.values())
-
-    @property
-    def targets(self) -> Sequence[Tensor]:
-        return self.plan.targets
-
-    @property
-    def _factor(self) -> float:
-        return self.ranks.share * (1.0 if self.scale is None else self.scale)
 
     def rows(self, into: Sequence[tuple[Tensor, Tensor]] = ()) -> Rows:
         if into:
@@ -162,11 +149,6 @@ class RepresentationSource:
 
     def gramian(self) -> tuple[Float64[np.ndarray, "K K"], int]:
         raise NotImplementedError("Rows at a representation are kept.")
-
-    def weighted(self, weights: Float64[np.ndarray, " K"]) -> tuple[list[Update], int]:
-        return weighted_updates(
-            self.losses, self.plan, weights, self.ranks, self._factor, retain_graph=self.retain_graph
-        )
 
     def blame(self, suspect: int | None) -> NonFiniteError:
         return NonFiniteError("gradient", guilty(self.losses, self.plan) if suspect is None else suspect)

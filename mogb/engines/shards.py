@@ -24,6 +24,7 @@ import torch.distributed as dist
 from jaxtyping import Float64
 from torch import Tensor
 
+from mogb.engines.differentiate import averaged
 from mogb.engines.distributed import BUCKET, Ranks, SharedRows, guarded, is_sharded
 from mogb.jacobian import Jacobian
 
@@ -115,9 +116,8 @@ def mean_rows(ranks: Ranks, params: Sequence[Tensor], blocks: list[Tensor], *, w
         )
     if not whole and not any(is_sharded(param) for param in params) and _pays(ranks, taken):
         return _scatter(ranks, taken)
-    averaged = iter(ranks.average([block for block, param in zip(taken, params, strict=True) if not is_sharded(param)]))
-    rows = [block if is_sharded(param) else next(averaged) for block, param in zip(taken, params, strict=True)]
-    return Jacobian(tuple(rows), SharedRows(ranks, tuple(params)))
+    rows = averaged(ranks, list(zip(params, taken, strict=True)))
+    return Jacobian(tuple(block for _, block in rows), SharedRows(ranks, tuple(params)))
 
 
 def _pays(ranks: Ranks, blocks: Sequence[Tensor]) -> bool:

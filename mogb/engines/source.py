@@ -22,20 +22,40 @@ from mogb.errors import NonFiniteError
 from mogb.jacobian import Jacobian
 
 
-class LossSource:
-    """Losses on a graph: see :class:`mogb.engines.step.Source`."""
+class GraphSource:
+    """What all sources of losses on a graph have in common: see :class:`mogb.engines.step.Source`."""
 
-    def __init__(
-        self, losses: Losses, plan: Plan, choice: Choice, ranks: Ranks, scale: float | None, *, retain_graph: bool
-    ) -> None:
+    def __init__(self, losses: Losses, plan: Plan, ranks: Ranks, scale: float | None, *, retain_graph: bool) -> None:
         self.losses = losses
         self.plan = plan
-        self.choice = choice
         self.ranks = ranks
         self.scale = scale
         self.retain_graph = retain_graph
         self.names = losses.names
         self.values = ranks.mean_losses(losses.values())
+
+    @property
+    def targets(self) -> Sequence[Tensor]:
+        return self.plan.targets
+
+    @property
+    def _factor(self) -> float:
+        return self.ranks.share * (1.0 if self.scale is None else self.scale)
+
+    def weighted(self, weights: Float64[np.ndarray, " K"]) -> tuple[list[Update], int]:
+        return weighted_updates(
+            self.losses, self.plan, weights, self.ranks, self._factor, retain_graph=self.retain_graph
+        )
+
+
+class LossSource(GraphSource):
+    """Losses that are differentiated down to the parameters, by the engine that was chosen."""
+
+    def __init__(
+        self, losses: Losses, plan: Plan, choice: Choice, ranks: Ranks, scale: float | None, *, retain_graph: bool
+    ) -> None:
+        super().__init__(losses, plan, ranks, scale, retain_graph=retain_graph)
+        self.choice = choice
 
     @property
     def engine(self) -> str:
@@ -48,14 +68,6 @@ class LossSource:
     @property
     def streams(self) -> bool:
         return self.choice.streams
-
-    @property
-    def targets(self) -> Sequence[Tensor]:
-        return self.plan.targets
-
-    @property
-    def _factor(self) -> float:
-        return self.ranks.share * (1.0 if self.scale is None else self.scale)
 
     def rows(self, into: Sequence[tuple[Tensor, Tensor]] = ()) -> Rows:
         given = {id(param): block for param, block in into}
@@ -72,11 +84,6 @@ class LossSource:
     def gramian(self) -> tuple[Float64[np.ndarray, "K K"], int]:
         found = streamed_gramian(self.losses, self.plan, self.choice.segments, self.ranks, self._factor)
         return found, len(self.losses)
-
-    def weighted(self, weights: Float64[np.ndarray, " K"]) -> tuple[list[Update], int]:
-        return weighted_updates(
-            self.losses, self.plan, weights, self.ranks, self._factor, retain_graph=self.retain_graph
-        )
 
     def blame(self, suspect: int | None) -> NonFiniteError:
         # Zero times infinity is not a number: in one vectorized pass, a bad objective spoils the rows of others.

@@ -7,8 +7,9 @@ Shapes: B = pictures, S = side of CLIP's input, D = embedding.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mogb_diffusion.errors import InputError
+from mogb_diffusion.prompts import in_batches
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -150,10 +152,10 @@ def eight_bit(pictures: Pictures) -> Tensor:
     return (as_unit_floats(pictures) * 255).round().to(torch.uint8).cpu()
 
 
-def normalise(pixels: Tensor) -> Tensor:
-    """From [0, 1] to what CLIP was trained on."""
-    mean, std = (torch.tensor(numbers, device=pixels.device).view(3, 1, 1) for numbers in (MEAN, STD))
-    return (pixels - mean) / std
+def normalise(pixels: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
+    """From [0, 1] to what a network was trained on: CLIP, if nothing else is said."""
+    middle, spread = (torch.tensor(numbers, device=pixels.device).view(3, 1, 1) for numbers in (mean, std))
+    return (pixels - middle) / spread
 
 
 def bicubic_crop(pictures: Pictures, size: int) -> Tensor:
@@ -207,8 +209,34 @@ def _centre(array: np.ndarray, size: int) -> np.ndarray:
     return array[top : top + size, left : left + size]
 
 
-def in_batches(count: int, batch_size: int) -> list[slice]:
-    """Slices that cover ``count`` items."""
+def checked_batch_size(batch_size: int) -> int:
+    """The same.
+
+    Raises:
+        InputError: It is no positive whole number.
+    """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise InputError(f"batch_size must be a positive whole number, but got {batch_size!r}.")
-    return [slice(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    return batch_size
+
+
+def score_in_batches(count: int, batch_size: int, score: Callable[[slice], Tensor]) -> Tensor:
+    """The scores ``[count]`` of all pictures, on the CPU, from those of ``batch_size`` at once."""
+    parts = [score(slice(part[0], part[-1] + 1)).cpu() for part in in_batches(range(count), batch_size)]
+    return torch.cat(parts) if parts else torch.zeros(0)
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file. No code in it is run.
+
+    Raises:
+        InputError: The file is missing, damaged, or holds something else than tensors.
+    """
+    try:
+        held: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+    held = held.get("state_dict", held) if isinstance(held, Mapping) else held
+    if not isinstance(held, Mapping) or not all(isinstance(value, Tensor) for value in held.values()):
+        raise InputError(f"{path} holds no state_dict of tensors.")
+    return {str(key).removeprefix("module."): value for key, value in held.items()}

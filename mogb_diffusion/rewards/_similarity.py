@@ -3,11 +3,17 @@
 from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from mogb_diffusion.prompts import Prompt
-from mogb_diffusion.rewards._clip import PREPROCESSING, Clip, Pictures, Preprocessing, in_batches
+from mogb_diffusion.rewards._clip import (
+    PREPROCESSING,
+    Clip,
+    Pictures,
+    Preprocessing,
+    checked_batch_size,
+    score_in_batches,
+)
 
 
 class Similarity:
@@ -19,10 +25,9 @@ class Similarity:
     preprocessing: ClassVar[Preprocessing]
 
     def __init__(self, clip: Clip, factor: float, batch_size: int) -> None:
-        in_batches(1, batch_size)
         self.clip = clip
         self.factor = factor
-        self.batch_size = batch_size
+        self.batch_size = checked_batch_size(batch_size)
 
     def __call__(self, images: Pictures, prompts: Sequence[Prompt]) -> Tensor:
         """The rewards ``[B]``, float32 on the CPU.
@@ -30,9 +35,10 @@ class Similarity:
         Raises:
             InputError: Pictures of another shape, or outside of [0, 1].
         """
-        found = []
-        for part in in_batches(len(prompts), self.batch_size):
+
+        def score(part: slice) -> Tensor:
             pixels = PREPROCESSING[self.preprocessing](images[part], self.clip.size)
             words = self.clip.texts([prompt.text for prompt in prompts[part]])
-            found.append(self.factor * (self.clip.images(pixels) * words).sum(-1).cpu())
-        return torch.cat(found) if found else torch.zeros(0)
+            return self.factor * (self.clip.images(pixels) * words).sum(-1)
+
+        return score_in_batches(len(prompts), self.batch_size, score)

@@ -8,8 +8,14 @@ from torch import Tensor, nn
 
 from mogb_diffusion.errors import InputError
 from mogb_diffusion.prompts import Prompt
-from mogb_diffusion.rewards._clip import Pictures, bicubic_crop, in_batches, load_clip
-from mogb_diffusion.rewards.hpsv2 import read_checkpoint
+from mogb_diffusion.rewards._clip import (
+    Pictures,
+    bicubic_crop,
+    checked_batch_size,
+    load_clip,
+    read_checkpoint,
+    score_in_batches,
+)
 
 LAYERS = (0, 2, 4, 6, 7)  # of the published file; dropout lies between, and no activation
 
@@ -34,24 +40,24 @@ class Aesthetic:
         dtype: str = "float32",
         batch_size: int = 16,
     ) -> None:
-        in_batches(1, batch_size)
         if weights is None:
             raise InputError(
                 "The aesthetic reward needs weights=PATH, the file sac+logos+ava1-l14-linearMSE.pth of the repository "
                 "christophschuhmann/improved-aesthetic-predictor."
             )
-        self.batch_size = batch_size
+        self.batch_size = checked_batch_size(batch_size)
         self.clip = load_clip(model, model, device, dtype)
         self.head = _head(Path(weights)).to(self.clip.device)
 
     @torch.no_grad()
     def __call__(self, images: Pictures, prompts: Sequence[Prompt]) -> Tensor:
         """The rewards ``[B]``, float32 on the CPU; the prompts do not matter."""
-        found = [
-            self.head(self.clip.images(bicubic_crop(images[part], self.clip.size))).squeeze(-1).cpu()
-            for part in in_batches(len(prompts), self.batch_size)
-        ]
-        return torch.cat(found) if found else torch.zeros(0)
+
+        def score(part: slice) -> Tensor:
+            scored: Tensor = self.head(self.clip.images(bicubic_crop(images[part], self.clip.size)))
+            return scored.squeeze(-1)
+
+        return score_in_batches(len(prompts), self.batch_size, score)
 
 
 def _head(path: Path) -> nn.Sequential:

@@ -28,6 +28,7 @@ from mogb_diffusion.rewards._clip import (
     import_transformers,
     load_clip,
     missing,
+    normalise,
 )
 from mogb_diffusion.rewards.geneval import COLORS, Judgement, judge, select_objects
 
@@ -89,9 +90,8 @@ class Detector:
         ratio = min(self.short_side / min(size), self.long_side / max(size))
         content = (int(size[0] * ratio + 0.5), int(size[1] * ratio + 0.5))
         pixels = functional.interpolate(picture[None].float(), content, mode="bilinear", align_corners=False) / 255
-        mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (MEAN, STD))
         padded = tuple(-(-side // DIVISOR) * DIVISOR for side in content)
-        pixels = functional.pad((pixels - mean) / std, (0, padded[1] - content[1], 0, padded[0] - content[0]))
+        pixels = functional.pad(normalise(pixels, MEAN, STD), (0, padded[1] - content[1], 0, padded[0] - content[0]))
         out = self.model(pixel_values=pixels.to(weight.device, weight.dtype))
         logits, masks = out.class_queries_logits[0].float().cpu(), out.masks_queries_logits[0].float().cpu()
         return find_instances(logits, masks, (padded[0], padded[1]), content, size)

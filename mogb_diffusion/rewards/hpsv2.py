@@ -7,9 +7,8 @@ import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from mogb_diffusion.errors import InputError
@@ -20,6 +19,7 @@ from mogb_diffusion.rewards._clip import (
     as_dtype,
     import_transformers,
     missing,
+    read_checkpoint,
 )
 from mogb_diffusion.rewards._similarity import Similarity
 
@@ -103,22 +103,6 @@ def _fetch() -> Path:
         return Path(hf_hub_download(REPOSITORY, FILE))
     except Exception as error:
         raise InputError(missing(f"{REPOSITORY} {FILE}", error)) from error
-
-
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file. No code in it is run.
-
-    Raises:
-        InputError: The file is missing, damaged, or holds something else than tensors.
-    """
-    try:
-        held: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise InputError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
-    held = held.get("state_dict", held) if isinstance(held, Mapping) else held
-    if not isinstance(held, Mapping) or not all(isinstance(value, Tensor) for value in held.values()):
-        raise InputError(f"{path} holds no state_dict of tensors.")
-    return {str(key).removeprefix("module."): value for key, value in held.items()}
 
 
 def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
