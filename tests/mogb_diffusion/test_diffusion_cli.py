@@ -7,9 +7,9 @@ from test_run_config import BAD
 from tiny_run import SMALL
 
 from mogb_diffusion.cli import main
+from mogb_diffusion.commands import NAMES
 from mogb_diffusion.report import write_report
 
-COMMANDS = ("train", "evaluate", "sample", "export", "report", "recipes", "doctor", "prompts")
 SETS = [word for assignment in SMALL for word in ("--set", assignment)]
 
 
@@ -66,7 +66,7 @@ def test_bad_arguments_are_one_line_and_status_2(arguments, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", NAMES)
 def test_every_help_has_an_example(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
