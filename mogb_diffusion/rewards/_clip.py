@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from mogb_diffusion.errors import InputError
 from mogb_diffusion.prompts import in_batches
+from mogb_diffusion.rewards._weights import Weights
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -30,43 +31,42 @@ class Clip:
     """A frozen CLIP and its tokenizer.
 
     Args:
-        model: A ``transformers.CLIPModel``.
+        weights: Of a ``transformers.CLIPModel``.
         tokenizer: Its tokenizer.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
-        self.model = model.eval().requires_grad_(False)
+    def __init__(self, weights: Weights, tokenizer: Any) -> None:
+        self.weights = weights
         self.tokenizer = tokenizer
+        self.device = weights.device
         self._one_at_a_time = threading.Lock()  # rewards score in threads, and tokenizers hold what they are set to
-        self.size = int(model.config.vision_config.image_size)
-        self.scale = float(model.logit_scale.detach().float().exp())
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        self.size = int(weights.model.config.vision_config.image_size)
+        self.scale = float(weights.model.logit_scale.detach().float().exp())
 
     @torch.no_grad()
     def images(self, pixels: Tensor) -> Tensor:
         """The unit embeddings ``[B, D]``, in float32, of normalised pixels ``[B, 3, S, S]``."""
-        pixels = pixels.to(self.device, next(self.model.parameters()).dtype)
-        pooled = self.model.vision_model(pixel_values=pixels).pooler_output
-        return functional.normalize(self.model.visual_projection(pooled).float(), dim=-1)
+        pixels = pixels.to(self.device, self.weights.dtype)
+        with self.weights.on_device() as model:
+            pooled = model.vision_model(pixel_values=pixels).pooler_output
+            return functional.normalize(model.visual_projection(pooled).float(), dim=-1)
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
         """The unit embeddings ``[B, D]``, in float32; longer texts than CLIP can take are cut."""
-        limit = int(self.model.config.text_config.max_position_embeddings)
+        limit = int(self.weights.model.config.text_config.max_position_embeddings)
         with self._one_at_a_time:
             tokens = self.tokenizer(
                 list(texts), padding="max_length", truncation=True, max_length=limit, return_tensors="pt"
             )
         chosen = {key: tokens[key].to(self.device) for key in ("input_ids", "attention_mask") if key in tokens}
-        pooled = self.model.text_model(**chosen).pooler_output
-        return functional.normalize(self.model.text_projection(pooled).float(), dim=-1)
+        with self.weights.on_device() as model:
+            pooled = model.text_model(**chosen).pooler_output
+            return functional.normalize(model.text_projection(pooled).float(), dim=-1)
 
 
 @cache
-def load_clip(model: str, tokenizer: str, device: str, dtype: str) -> Clip:
+def load_clip(model: str, tokenizer: str, device: str, dtype: str, offload: bool = False) -> Clip:
     """The CLIP of this name, from the hub, its cache or a folder; one copy for all rewards that ask for the same.
 
     Raises:
@@ -78,7 +78,7 @@ def load_clip(model: str, tokenizer: str, device: str, dtype: str) -> Clip:
         words = transformers.AutoTokenizer.from_pretrained(tokenizer)
     except (OSError, ValueError) as error:
         raise InputError(missing(model if "found" not in locals() else tokenizer, error)) from error
-    return Clip(found.to(as_device(device)), words)
+    return Clip(Weights(found, as_device(device), offload), words)
 
 
 def import_transformers() -> Any:

@@ -41,4 +41,5 @@ class Similarity:
             words = self.clip.texts([prompt.text for prompt in prompts[part]])
             return self.factor * (self.clip.images(pixels) * words).sum(-1)
 
-        return score_in_batches(len(prompts), self.batch_size, score)
+        with self.clip.weights.on_device():
+            return score_in_batches(len(prompts), self.batch_size, score)

@@ -30,6 +30,7 @@ class Aesthetic:
         device: Where it runs.
         dtype: Of CLIP; the head is in float32.
         batch_size: Pictures at once.
+        offload: Whether the weights lie on the CPU between calls.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Aesthetic:
         device: str = "cpu",
         dtype: str = "float32",
         batch_size: int = 16,
+        offload: bool = False,
     ) -> None:
         if weights is None:
             raise InputError(
@@ -46,7 +48,7 @@ class Aesthetic:
                 "christophschuhmann/improved-aesthetic-predictor."
             )
         self.batch_size = checked_batch_size(batch_size)
-        self.clip = load_clip(model, model, device, dtype)
+        self.clip = load_clip(model, model, device, dtype, offload)
         self.head = _head(Path(weights)).to(self.clip.device)
 
     @torch.no_grad()
@@ -57,7 +59,8 @@ class Aesthetic:
             scored: Tensor = self.head(self.clip.images(bicubic_crop(images[part], self.clip.size)))
             return scored.squeeze(-1)
 
-        return score_in_batches(len(prompts), self.batch_size, score)
+        with self.clip.weights.on_device():
+            return score_in_batches(len(prompts), self.batch_size, score)
 
 
 def _head(path: Path) -> nn.Sequential:

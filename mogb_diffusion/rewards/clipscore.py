@@ -17,6 +17,7 @@ class ClipScore(Similarity):
         device: Where it runs.
         dtype: ``float32``, ``float16`` or ``bfloat16``.
         batch_size: Pictures at once.
+        offload: Whether the weights lie on the CPU between calls.
     """
 
     preprocessing: ClassVar[Preprocessing] = "bilinear_crop"
@@ -27,6 +28,7 @@ class ClipScore(Similarity):
         device: str = "cpu",
         dtype: str = "float32",
         batch_size: int = 16,
+        offload: bool = False,
     ) -> None:
-        clip = load_clip(model, model, device, dtype)
+        clip = load_clip(model, model, device, dtype, offload)
         super().__init__(clip, clip.scale / 100, batch_size)

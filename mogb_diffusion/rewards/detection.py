@@ -17,19 +17,21 @@ from torch import Tensor
 from torch.nn import functional
 
 from mogb_diffusion.errors import InputError
-from mogb_diffusion.prompts import Prompt
+from mogb_diffusion.prompts import Prompt, in_batches
 from mogb_diffusion.rewards._clip import (
     Clip,
     Pictures,
     as_device,
     as_dtype,
     bicubic_crop,
+    checked_batch_size,
     eight_bit,
     import_transformers,
     load_clip,
     missing,
     normalise,
 )
+from mogb_diffusion.rewards._weights import Weights
 from mogb_diffusion.rewards.geneval import COLORS, Judgement, judge, select_objects
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -72,29 +74,33 @@ class Detector:
     """Instance segmentation of pictures.
 
     Args:
-        model: A ``transformers.Mask2FormerForUniversalSegmentation``.
+        weights: Of a ``transformers.Mask2FormerForUniversalSegmentation``.
         short_side: The short side of what it is given,
         long_side: unless the long one would be longer than this.
     """
 
-    def __init__(self, model: Any, short_side: int = SHORT_SIDE, long_side: int = LONG_SIDE) -> None:
-        self.model = model.eval().requires_grad_(False)
+    def __init__(self, weights: Weights, short_side: int = SHORT_SIDE, long_side: int = LONG_SIDE) -> None:
+        self.weights = weights
         self.short_side = short_side
         self.long_side = long_side
 
     @torch.no_grad()
-    def __call__(self, picture: Tensor) -> list[Instance]:
-        """The objects of one picture, uint8 ``[3, H, W]``, best first."""
-        weight = next(self.model.parameters())
-        size = (picture.shape[1], picture.shape[2])
+    def __call__(self, pictures: Tensor) -> list[list[Instance]]:
+        """The objects of each picture of one batch, uint8 ``[B, 3, H, W]``, best first."""
+        size = (pictures.shape[2], pictures.shape[3])
         ratio = min(self.short_side / min(size), self.long_side / max(size))
         content = (int(size[0] * ratio + 0.5), int(size[1] * ratio + 0.5))
-        pixels = functional.interpolate(picture[None].float(), content, mode="bilinear", align_corners=False) / 255
+        pixels = functional.interpolate(pictures.float(), content, mode="bilinear", align_corners=False) / 255
         padded = tuple(-(-side // DIVISOR) * DIVISOR for side in content)
         pixels = functional.pad(normalise(pixels, MEAN, STD), (0, padded[1] - content[1], 0, padded[0] - content[0]))
-        out = self.model(pixel_values=pixels.to(weight.device, weight.dtype))
-        logits, masks = out.class_queries_logits[0].float().cpu(), out.masks_queries_logits[0].float().cpu()
-        return find_instances(logits, masks, (padded[0], padded[1]), content, size)
+        with self.weights.on_device() as model:
+            out = model(pixel_values=pixels.to(self.weights.device, self.weights.dtype))
+        return [
+            find_instances(logits, masks, (padded[0], padded[1]), content, size)
+            for logits, masks in zip(
+                out.class_queries_logits.float().cpu(), out.masks_queries_logits.float().cpu(), strict=True
+            )
+        ]
 
 
 def find_instances(
@@ -172,6 +178,8 @@ class GenEval:
         dtype: ``float32``, ``float16`` or ``bfloat16``.
         short_side: Of what the detector is given.
         long_side: Of it, at most.
+        batch_size: Pictures that the detector is given at once.
+        offload: Whether the weights lie on the CPU between calls.
 
     Raises:
         InputError: Weights that are not there, or an impossible option.
@@ -188,14 +196,18 @@ class GenEval:
         dtype: str = "float32",
         short_side: int = SHORT_SIDE,
         long_side: int = LONG_SIDE,
+        batch_size: int = 4,
+        offload: bool = False,
     ) -> None:
         if metric not in get_args(Metric):
             raise InputError(f"metric must be one of {', '.join(get_args(Metric))}, but got {metric!r}.")
         if not 1 <= short_side <= long_side:
             raise InputError(f"short_side and long_side must be 1 <= short <= long, but got {short_side}, {long_side}.")
         self.metric = metric
-        self.detector = Detector(_load_model(model, device, dtype), short_side, long_side)
-        self._clip = (clip, clip, device, dtype)
+        self.batch_size = checked_batch_size(batch_size)
+        self.weights = _load_model(model, device, dtype, offload)
+        self.detector = Detector(self.weights, short_side, long_side)
+        self._clip = (clip, clip, device, dtype, offload)
 
     def applies(self, prompt: Prompt) -> bool:
         """Whether the prompt says what it includes."""
@@ -203,20 +215,28 @@ class GenEval:
 
     def __call__(self, images: Pictures, prompts: Sequence[Prompt]) -> Tensor:
         """The rewards ``[B]``; NaN where the prompt says nothing about objects."""
-        found = []
-        for picture, prompt in zip(eight_bit(images), prompts, strict=True):
-            verdict = self.judge(picture, prompt.metadata) if self.applies(prompt) else None
-            found.append(float("nan") if verdict is None else _number(verdict, self.metric))
-        return torch.tensor(found)
+        rewards = torch.full((len(prompts),), float("nan"))
+        chosen = [index for index, prompt in enumerate(prompts) if self.applies(prompt)]
+        pictures = eight_bit(images)
+        with self.weights.on_device():
+            for part in in_batches(chosen, self.batch_size):
+                verdicts = self.judge(pictures[list(part)], [prompts[index].metadata for index in part])
+                rewards[list(part)] = torch.tensor([_number(verdict, self.metric) for verdict in verdicts])
+        return rewards
 
-    def judge(self, picture: Tensor, metadata: Mapping[str, Any]) -> Judgement:
-        """All judgements of one picture, uint8 ``[3, H, W]``."""
-        return judge(self.detections(picture, metadata), metadata)
+    def judge(self, pictures: Tensor, metadata: Sequence[Mapping[str, Any]]) -> list[Judgement]:
+        """All judgements of one batch of pictures, uint8 ``[B, 3, H, W]``."""
+        return [
+            judge(self._detections(picture, instances, wanted), wanted)
+            for picture, instances, wanted in zip(pictures, self.detector(pictures), metadata, strict=True)
+        ]
 
-    def detections(self, picture: Tensor, metadata: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    def _detections(
+        self, picture: Tensor, instances: Sequence[Instance], metadata: Mapping[str, Any]
+    ) -> dict[str, list[Mapping[str, Any]]]:
         """What :func:`~mogb_diffusion.rewards.geneval.judge` takes: objects by class, above GenEval's thresholds."""
         found: dict[str, list[dict[str, Any]]] = {}
-        for instance in self.detector(picture):
+        for instance in instances:
             item = {"box": list(instance.box), "score": instance.score, "color": None, "instance": instance}
             found.setdefault(CLASSES[instance.label], []).append(item)
         chosen = select_objects(found, str(metadata.get("tag", "")))
@@ -233,12 +253,12 @@ class GenEval:
 
 
 @cache
-def _color_namer(model: str, tokenizer: str, device: str, dtype: str) -> ColorNamer:
-    return ColorNamer(load_clip(model, tokenizer, device, dtype))
+def _color_namer(model: str, tokenizer: str, device: str, dtype: str, offload: bool) -> ColorNamer:
+    return ColorNamer(load_clip(model, tokenizer, device, dtype, offload))
 
 
 @cache
-def _load_model(name: str, device: str, dtype: str) -> Any:
+def _load_model(name: str, device: str, dtype: str, offload: bool) -> Weights:
     transformers = import_transformers()
     try:
         model = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(name, dtype=as_dtype(dtype))
@@ -246,7 +266,7 @@ def _load_model(name: str, device: str, dtype: str) -> Any:
         raise InputError(missing(name, error)) from error
     if model.config.num_labels != len(CLASSES):
         raise InputError(f"{name!r} knows {model.config.num_labels} classes, but GenEval needs COCO's {len(CLASSES)}.")
-    return model.to(as_device(device))
+    return Weights(model, as_device(device), offload)
 
 
 def _number(verdict: Judgement, metric: Metric) -> float:

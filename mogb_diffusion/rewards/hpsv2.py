@@ -22,6 +22,7 @@ from mogb_diffusion.rewards._clip import (
     read_checkpoint,
 )
 from mogb_diffusion.rewards._similarity import Similarity
+from mogb_diffusion.rewards._weights import Weights
 
 REPOSITORY, FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
 
@@ -61,6 +62,7 @@ class HPSv2(Similarity):
         device: Where it runs.
         dtype: ``float32``, ``float16`` or ``bfloat16``.
         batch_size: Pictures at once.
+        offload: Whether the weights lie on the CPU between calls.
     """
 
     preprocessing: ClassVar[Preprocessing] = "bicubic_pad"
@@ -72,12 +74,13 @@ class HPSv2(Similarity):
         device: str = "cpu",
         dtype: str = "float32",
         batch_size: int = 16,
+        offload: bool = False,
     ) -> None:
-        super().__init__(_load(weights, config, device, dtype), 1.0, batch_size)
+        super().__init__(_load(weights, config, device, dtype, offload), 1.0, batch_size)
 
 
 @cache
-def _load(weights: str | None, config: str, device: str, dtype: str) -> Clip:
+def _load(weights: str | None, config: str, device: str, dtype: str, offload: bool) -> Clip:
     transformers = import_transformers()
     try:
         words = transformers.AutoTokenizer.from_pretrained(config)
@@ -93,7 +96,7 @@ def _load(weights: str | None, config: str, device: str, dtype: str) -> Clip:
             f"The checkpoint of HPSv2 does not fit the architecture of {config!r}: missing {lost[:3]}, unexpected "
             f"{wrong.unexpected_keys[:3]}. Give the config that it was trained with."
         )
-    return Clip(model.to(as_device(device), as_dtype(dtype)), words)
+    return Clip(Weights(model.to(as_dtype(dtype)), as_device(device), offload), words)
 
 
 def _fetch() -> Path:

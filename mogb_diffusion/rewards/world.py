@@ -53,6 +53,7 @@ class _WorldReward:
 
     name: ClassVar[str]
     specialist: ClassVar[bool] = False
+    picture_size: ClassVar[int] = SIZE  # the only one that it judges
     spread: ClassVar[float]  # standard deviation among pictures of one prompt by the base model
 
     def __init__(self, *, scale: Scale = "as_is") -> None:

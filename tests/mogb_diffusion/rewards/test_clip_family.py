@@ -319,3 +319,31 @@ def test_bad_options_are_named(folder, options, message):
 def test_weights_that_are_not_there_say_how_to_get_them(tmp_path):
     with pytest.raises(InputError, match=r"hf download .*nowhere.*or give a folder"):
         load("clipscore", model=str(tmp_path / "nowhere"))
+
+
+class TestOffload:
+    def test_it_changes_no_score(self, folder, checkpoint, pictures, tmp_path):
+        torch.save(TestAesthetic().head(), tmp_path / "head.pth")
+        rewards = {
+            "pickscore": {"model": folder, "tokenizer": folder},
+            "clipscore": {"model": folder},
+            "aesthetic": {"weights": str(tmp_path / "head.pth"), "model": folder},
+            "hpsv2": {"weights": str(checkpoint[0] / "HPS.pt"), "config": str(checkpoint[0])},
+        }
+        for name, options in rewards.items():
+            away = load(name, **options, offload=True)
+            assert away.clip.weights.offload
+            assert torch.equal(away(pictures, PROMPTS), load(name, **options)(pictures, PROMPTS))
+
+    def test_the_weights_travel_once_a_call(self, folder, pictures, monkeypatch):
+        reward = load("pickscore", model=folder, tokenizer=folder, offload=True, batch_size=1)
+        weights, parked = reward.clip.weights, []
+        park = weights._park
+        monkeypatch.setattr(weights, "_park", lambda: (parked.append(1), park()))
+        reward(pictures, PROMPTS)
+        assert parked == [1]
+
+
+def test_a_reward_gives_the_same_numbers_every_time(folder, pictures):
+    reward = load("clipscore", model=folder)
+    assert torch.equal(reward(pictures, PROMPTS), reward(pictures, PROMPTS))

@@ -128,7 +128,7 @@ def test_what_is_found_is_judged_by_the_rules(folder, monkeypatch):
         Instance(cat, 0.8, (14, 0, 19, 5), mask),
         Instance(cat, 0.2, (14, 0, 19, 5), mask),  # below the threshold
     ]
-    monkeypatch.setattr(reward, "detector", lambda picture: seen)
+    monkeypatch.setattr(reward, "detector", lambda pictures: [seen] * len(pictures))
     monkeypatch.setattr(
         GenEval, "color_namer", property(lambda self: lambda picture, found, name: ["black"] * len(found))
     )
@@ -169,3 +169,19 @@ def test_weights_that_are_not_there_say_how_to_get_them(tmp_path):
     with pytest.raises(InputError, match="hf download"):
         load("geneval", model=str(tmp_path / "nowhere"))
     assert detection.TOP == 100
+
+
+def test_batches_and_offload_change_no_reward(folder):
+    prompt = Prompt("a dog", metadata={"tag": "single_object", "include": [{"class": "dog", "count": 1}]})
+    pictures = torch.rand(3, 3, 40, 60, generator=torch.Generator().manual_seed(2))
+    sizes = {"model": folder, "short_side": 64, "long_side": 96}
+    one = load("geneval", **sizes, batch_size=1)
+    together = load("geneval", **sizes, batch_size=3, offload=True)
+    assert together.weights.offload
+    eight = (pictures * 255).round().byte()
+    alone = [one.detector(eight[n : n + 1])[0] for n in range(3)]
+    for single, batch in zip(alone, together.detector(eight), strict=True):
+        assert len(single) == len(batch)
+        scores = [[instance.score for instance in found] for found in (single, batch)]
+        assert scores[0] == pytest.approx(scores[1], rel=1e-4)
+    assert one(pictures, [prompt] * 3).tolist() == together(pictures, [prompt] * 3).tolist()
