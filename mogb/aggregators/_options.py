@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float64
 from mogb.solvers.cone import ConeSolver
 
 
-def as_preference(preference: Sequence[float] | None) -> tuple[float, ...] | None:
-    """A preference vector: non-negative numbers, not all of them zero.
+def as_preference(preference: Sequence[float] | None, *, positive: bool = False) -> tuple[float, ...] | None:
+    """A preference vector: non-negative numbers, not all of them zero; or ``positive`` ones.
 
     Raises:
         ValueError: Other numbers.
@@ -33,6 +33,11 @@ def as_preference(preference: Sequence[float] | None) -> tuple[float, ...] | Non
             "preference must hold non-negative finite numbers, one per objective, not all zero, but got "
             f"{list(numbers)}."
         )
+    if positive and min(numbers) == 0:
+        raise ValueError(
+            f"preference must hold positive numbers, but got {list(numbers)}: leave an objective that does not count "
+            "out of the losses."
+        )
     return numbers
 
 
@@ -47,6 +52,18 @@ def preference_array(preference: Sequence[float] | None, size: int, default: flo
     if len(preference) != size:
         raise ValueError(f"preference must have one number per objective, {size}, but has {len(preference)}.")
     return np.array(preference)
+
+
+def relative_preference(preference: Sequence[float] | None, size: int) -> Float64[np.ndarray, " K"] | None:
+    """The preference of every objective, scaled to mean 1; None stays None.
+
+    Raises:
+        ValueError: The preference is for another number of objectives.
+    """
+    if preference is None:
+        return None
+    numbers = preference_array(preference, size, 1.0)
+    return numbers / numbers.mean()
 
 
 def pick(preference: Sequence[float] | None, live: Bool[np.ndarray, " K"]) -> tuple[float, ...] | None:

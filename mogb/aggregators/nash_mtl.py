@@ -5,16 +5,20 @@ r"""Nash-MTL: the bargaining solution, in which every objective gains in proport
 which maximizes :math:`\sum_k \log(d \cdot g_k)` among the directions of one length, so that rescaling a loss changes
 nothing. Its squared norm is always K; therefore the direction is clipped.
 
+With preferences p, scaled to mean 1, it is the asymmetric bargain :math:`G w = p / w`, which maximizes
+:math:`\sum_k p_k \log(d \cdot g_k)` (Kalai, International Journal of Game Theory, 1977).
+
 Shapes: K = objectives.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64
 
-from mogb.aggregators._options import check_max_norm, clipped
+from mogb.aggregators._options import as_preference, check_max_norm, clipped, pick, relative_preference
 from mogb.base import GramianAggregator, Promise, Reference, Solution
 from mogb.solvers.bargaining import bargain
 
@@ -29,6 +33,8 @@ class NashMTL(GramianAggregator, name="nash_mtl"):
 
     Args:
         max_norm: Longest direction; 0 switches the clip off. The official default is 1.
+        preference: Positive numbers, one per objective, scaled to mean 1: bargaining powers. None means equal ones. The
+            official code has none.
 
     Examples:
         >>> import torch
@@ -47,16 +53,25 @@ class NashMTL(GramianAggregator, name="nash_mtl"):
     promises: ClassVar = frozenset({Promise.NON_CONFLICTING, Promise.PERMUTATION_EQUIVARIANT, Promise.SCALE_FREE})
 
     max_norm: float = 1.0
+    preference: Sequence[float] | None = None
 
     def _check(self) -> None:
         check_max_norm(self.max_norm)
+        object.__setattr__(self, "preference", as_preference(self.preference, positive=True))
+
+    @property
+    def keeps(self) -> frozenset[Promise]:
+        return self.promises if self.preference is None else self.promises - {Promise.PERMUTATION_EQUIVARIANT}
 
     @property
     def leaves_out_zero(self) -> bool:
         return True
 
+    def _only(self, live: Bool[np.ndarray, " K"]) -> "NashMTL":
+        return self if self.preference is None else replace(self, preference=pick(self.preference, live))
+
     def _weights(self, gramian: Float64[np.ndarray, "K K"]) -> Solution:
-        found = bargain(gramian)
+        found = bargain(gramian, preference=relative_preference(self.preference, len(gramian)))
         note = "Pareto stationary: no bargain exists" if found.stationary else ""
         weights = clipped(found.weights, gramian, self.max_norm)
         return Solution(weights, found.residual, found.converged, note=note)

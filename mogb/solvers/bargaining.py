@@ -1,11 +1,12 @@
-r"""The bargaining weights: the fixed point :math:`G w = w^{-1/\alpha}` with w > 0.
+r"""The bargaining weights: the fixed point :math:`G w = (p / w)^{1/\alpha}` with w > 0, where p = 1 by default.
 
-It minimizes a convex barrier, for alpha = 1 :math:`\tfrac12 w^\top G w - \sum_k \log w_k`, and exists, uniquely, unless
-zero is in the convex hull of the gradients. Nash-MTL is the case alpha = 1, FairGrad the general one.
+It minimizes a convex barrier, for alpha = 1 :math:`\tfrac12 w^\top G w - \sum_k p_k \log w_k`, and exists, uniquely,
+unless zero is in the convex hull of the gradients. Nash-MTL is the case alpha = 1, FairGrad the general one.
 
 With :math:`S = \mathrm{diag}(\|g_k\|)`, the cosines C and :math:`u = S w` it reads, for every objective i,
 
-.. math::  z = C u , \qquad \log z_i + \beta \log u_i = (\beta - 1) \log s_i , \qquad \beta = 1 / \alpha .
+.. math::  z = C u , \qquad \log z_i + \beta \log u_i = (\beta - 1) \log s_i + \beta \log p_i , \qquad
+           \beta = 1 / \alpha .
 
 Newton's method for both u and z in logarithms keeps them positive and sees nothing but small numbers, whatever the
 norms and the exponent.
@@ -37,8 +38,8 @@ class Bargain:
 
     Attributes:
         weights: On the gradients; all positive, or all zero where no bargain exists.
-        residual: :math:`\max_i | (G w)_i \, w_i^{1/\alpha} - 1 |`, evaluated at the weights returned; 0 where no
-            bargain exists.
+        residual: :math:`\max_i | (G w)_i \, (w_i / p_i)^{1/\alpha} - 1 |`, evaluated at the weights returned; 0 where
+            no bargain exists.
         converged: Whether the equations for u and z hold to 1e-13 or, where that is more, to the rounding of C u. Close
             to stationarity, and for alpha below 1 with norms that differ by 1e3 and more, a residual evaluated in
             float64 is larger than the error of the weights.
@@ -60,37 +61,48 @@ class _Point:
     solved: bool
 
 
-def bargain(gramian: Float64[np.ndarray, "K K"], alpha: float = 1.0, *, max_steps: int = STEPS) -> Bargain:
+def bargain(
+    gramian: Float64[np.ndarray, "K K"],
+    alpha: float = 1.0,
+    *,
+    preference: Float64[np.ndarray, " K"] | None = None,
+    max_steps: int = STEPS,
+) -> Bargain:
     """Solves the fixed point by Newton's method, and certifies the gradients for which there is none.
 
     Args:
         gramian: Symmetric and positive semidefinite up to rounding, finite, without zero rows.
         alpha: Positive; 0.1 to 20 is tested. Towards 0 the weights become equal, towards infinity the smallest
             improvement as large as possible.
+        preference: p, positive. None means 1 each.
         max_steps: Newton steps; a smaller limit gives the best point so far, with ``converged=False``.
 
     Raises:
-        ValueError: alpha is not positive and finite, or a row is zero.
+        ValueError: alpha or a preference is not positive and finite, or a row is zero.
     """
+    if preference is not None and not (preference.min() > 0 and np.isfinite(preference).all()):
+        raise ValueError(f"preference must be positive and finite, but got {preference.tolist()}.")
     if not 0 < alpha < np.inf:
         raise ValueError(f"alpha must be positive and finite, but got {alpha}.")
     norms, cosines = unit_diagonal(gramian)
     if not norms.all():
         zero = np.flatnonzero(norms == 0).tolist()
         raise ValueError(f"The gradients of objectives {zero} are zero, and no bargain includes them: leave them out.")
-    if len(norms) == 2 and alpha == 1:
+    if len(norms) == 2 and alpha == 1 and preference is None:
         return _two(gramian, norms, float(cosines[0, 1]))
     beta = 1 / alpha
     log_norms = np.log(norms)
     center = float(log_norms.sum() / len(norms))
     target = (beta - 1) * (log_norms - center)
+    wishes = np.zeros_like(target) if preference is None else np.log(preference)
     with np.errstate(over="ignore", under="ignore", divide="ignore", invalid="ignore"):
-        point = _solve(cosines, beta, target, max_steps)
+        point = _solve(cosines, beta, target + beta * wishes, wishes, max_steps)
     if point is None:
         return Bargain(np.zeros(len(norms)), 0.0, True, True)
     # G / t^2 has the fixed point w t^(2 alpha / (1 + alpha)).
     weights = np.exp(point.logs[0] - log_norms + center * (1 - 2 * alpha / (1 + alpha)))
-    return Bargain(weights, _residual(gramian.dot(weights), weights, beta), point.solved, False)
+    asked = weights if preference is None else weights / preference
+    return Bargain(weights, _residual(gramian.dot(weights), asked, beta), point.solved, False)
 
 
 def _two(gramian: Float64[np.ndarray, "2 2"], norms: Float64[np.ndarray, " 2"], cosine: float) -> Bargain:
@@ -102,7 +114,11 @@ def _two(gramian: Float64[np.ndarray, "2 2"], norms: Float64[np.ndarray, " 2"], 
 
 
 def _solve(
-    cosines: Float64[np.ndarray, "K K"], beta: float, target: Float64[np.ndarray, " K"], max_steps: int
+    cosines: Float64[np.ndarray, "K K"],
+    beta: float,
+    target: Float64[np.ndarray, " K"],
+    wishes: Float64[np.ndarray, " K"],
+    max_steps: int,
 ) -> _Point | None:
     """The solution, or None where there is none."""
     start = np.empty((2, len(target)))
@@ -111,7 +127,7 @@ def _solve(
     if (not point.solved or point.uncertainty > UNCERTAIN) and _is_stationary(cosines):
         return None
     if not point.solved and max_steps >= STEPS:
-        return _follow(cosines, beta, target)
+        return _follow(cosines, beta, target, wishes)
     return point
 
 
@@ -145,13 +161,19 @@ def _newton(
     return _Point(logs, uncertainty, bool(solved))
 
 
-def _follow(cosines: Float64[np.ndarray, "K K"], beta: float, target: Float64[np.ndarray, " K"]) -> _Point:
+def _follow(
+    cosines: Float64[np.ndarray, "K K"],
+    beta: float,
+    target: Float64[np.ndarray, " K"],
+    wishes: Float64[np.ndarray, " K"],
+) -> _Point:
     """Follows the solution from alpha = 1, where it is easy to find, to the exponent that is asked for."""
-    point = _newton(cosines, 1.0, np.zeros_like(target), np.zeros((2, len(target))), STEPS)
+    point = _newton(cosines, 1.0, wishes, np.stack([wishes, wishes]) / 2, STEPS)
     reached, stride = 0.0, 0.5
     while point.solved and reached < 1 and stride > 1e-4:
         ahead = min(1.0, reached + stride)
-        trial = _newton(cosines, 1 + ahead * (beta - 1), ahead * target, point.logs, 12)
+        goal = wishes + ahead * (target - wishes)
+        trial = _newton(cosines, 1 + ahead * (beta - 1), goal, point.logs, 12)
         if trial.solved:
             point, reached, stride = trial, ahead, 2 * stride
         else:

@@ -1,6 +1,7 @@
 r"""The dual problem of CAGrad: the convex combination that is worst for the mean gradient.
 
-With the mean gradient :math:`g_0 = J^\top b`, :math:`b_k = 1/K`, and :math:`g_w = J^\top w`,
+With the mean gradient :math:`g_0 = J^\top b`, :math:`b_k = 1/K` unless another mean is asked for, and
+:math:`g_w = J^\top w`,
 
 .. math::  \min_w \; g_w^\top g_0 + c \, \|g_0\| \, \|g_w\|
            \quad \text{s.t.} \quad w \ge 0, \; \textstyle\sum_k w_k = 1 ,
@@ -39,7 +40,7 @@ class ConflictAverse:
 
     Attributes:
         simplex: The weights w, on the simplex.
-        multiplier: :math:`\mu`; the direction's weights are :math:`1/K + \mu w`.
+        multiplier: :math:`\mu`; the direction's weights are :math:`b + \mu w`.
         residual: How far the optimality conditions are from holding: with :math:`d = g_0 + \mu g_w`,
             :math:`\max_i (g_w - g_i) \cdot d / (\|g_i\| (1 + c) \|g_0\|)`, of which 0 is the least possible.
         converged: Whether the residual is below 1e-11, or below what rounding leaves of it.
@@ -68,12 +69,19 @@ class _Problem:
     rounding: float  # of the cosines
 
 
-def conflict_averse(gramian: Float64[np.ndarray, "K K"], c: float, *, max_steps: int | None = None) -> ConflictAverse:
+def conflict_averse(
+    gramian: Float64[np.ndarray, "K K"],
+    c: float,
+    mean: Float64[np.ndarray, " K"] | None = None,
+    *,
+    max_steps: int | None = None,
+) -> ConflictAverse:
     """Solves the dual problem exactly, by a search over the supports of w.
 
     Args:
         gramian: Symmetric and positive semidefinite up to rounding, finite.
         c: Not negative. With 0 the direction is the mean gradient.
+        mean: b, on the simplex. None means 1/K each.
         max_steps: Changes of the support. None means more than it ever needs; a smaller limit gives the best point so
             far, with ``converged=False``.
 
@@ -85,22 +93,22 @@ def conflict_averse(gramian: Float64[np.ndarray, "K K"], c: float, *, max_steps:
     size = len(gramian)
     norms, cosines = unit_diagonal(gramian)
     live = norms.nonzero()[0]  # zero rows count in the mean, and are otherwise the point 0 of the hull
-    uniform = np.full(size, 1 / size)
+    mean = np.full(size, 1 / size) if mean is None else mean
     if live.size == 0:
-        return ConflictAverse(uniform, 0.0, 0.0, True, True)
+        return ConflictAverse(mean, 0.0, 0.0, True, True)
     if live.size < size:
         norms, cosines = norms[live], cosines[live[:, None], live]
-    problem = _scaled(norms, cosines, size, c)
+    problem = _scaled(norms, cosines, mean[live], size, c)
     mass = float(problem.mean.sum())
     if problem.mean_norm <= np.sqrt(problem.rounding) * mass:
-        return ConflictAverse(uniform, 0.0, 0.0, True, True)
+        return ConflictAverse(mean, 0.0, 0.0, True, True)
     if c == 0:
         weights = np.zeros(size)
         weights[live[(problem.slopes / problem.relative).argmin()]] = 1.0
         return ConflictAverse(weights, 0.0, 0.0, True, False)
     point = _solve(problem, 3 * size + 20 if max_steps is None else max_steps, live.size < size)
     if point is None:
-        return ConflictAverse(uniform, 0.0, 0.0, True, True)
+        return ConflictAverse(mean, 0.0, 0.0, True, True)
     slack, multiplier = _optimality(problem, point)
     weights = np.zeros(size)
     weights[live] = point * problem.relative
@@ -111,12 +119,18 @@ def conflict_averse(gramian: Float64[np.ndarray, "K K"], c: float, *, max_steps:
     return ConflictAverse(weights / weights.sum(), multiplier, residual, residual <= max(TOLERANCE, resolution), False)
 
 
-def _scaled(norms: Float64[np.ndarray, " K"], cosines: Float64[np.ndarray, "K K"], size: int, c: float) -> _Problem:
+def _scaled(
+    norms: Float64[np.ndarray, " K"],
+    cosines: Float64[np.ndarray, "K K"],
+    shares: Float64[np.ndarray, " K"],
+    size: int,
+    c: float,
+) -> _Problem:
     relative = norms[norms.argmin()] / norms
     rows, error = factor(cosines)
     if error > 0:
         cosines = rows.T @ rows  # rounding must not make the problem non-convex
-    mean = 1 / (size * relative)
+    mean = shares / relative
     slopes = cosines.dot(mean)
     mean_norm = float(np.sqrt(max(mean.dot(slopes), 0.0)))
     return _Problem(cosines, rows, relative, mean, slopes, mean_norm, c * mean_norm, 4 * size * EPS + error)

@@ -97,3 +97,25 @@ def test_impossible_options_are_refused():
             CAGrad(c=bad)
     with pytest.raises(ValueError, match="rescale must be 0"):
         CAGrad(rescale=3)
+
+
+class TestPreference:
+    def test_without_a_radius_it_is_the_preferred_gradient(self):
+        jacobian = random(3, 6, seed=1)
+        expected = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64) @ jacobian
+        assert_close(CAGrad(c=0.0, rescale=0, preference=[2.0, 1.0, 1.0])(jacobian), expected)
+
+    def test_no_direction_as_near_to_it_improves_the_worst_more(self):
+        jacobian, c = random(3, 4, seed=2, conflict=0.6), 0.4
+        preferred = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64) @ jacobian
+        direction = CAGrad(c=c, rescale=0, preference=[6.0, 3.0, 1.0])(jacobian)
+        assert_close((direction - preferred).norm(), c * preferred.norm())
+        generator = torch.Generator().manual_seed(0)
+        away = torch.randn(20_000, 4, dtype=torch.float64, generator=generator)
+        others = preferred + c * preferred.norm() * torch.nn.functional.normalize(away)
+        assert (jacobian @ direction).min() >= (others @ jacobian.mT).min(dim=1).values.max()
+
+    def test_where_nothing_improves_it_is_the_preferred_gradient(self):
+        jacobian = torch.tensor([[1.0, 1.0], [-1.0, -1.0]], dtype=torch.float64)
+        agg = CAGrad(preference=[1.0, 1.0])
+        assert "preferred" in agg.solve(jacobian @ jacobian.mT).note

@@ -70,3 +70,10 @@ def test_only_alpha_one_is_scale_free():
     scaled = jacobian * torch.tensor([[10.0], [1.0], [1.0]], dtype=torch.float64)
     assert_close(FairGrad(alpha=1.0)(scaled), FairGrad(alpha=1.0)(jacobian))
     assert not torch.allclose(FairGrad(alpha=2.0)(scaled), FairGrad(alpha=2.0)(jacobian), rtol=1e-2)
+
+
+def test_preferences_weight_the_fairness():
+    # Orthogonal gradients: |g|^2 w = (p / w)^(1/alpha), so w = (p^(1/alpha) / |g|^2)^(alpha/(1+alpha)), p of mean 1.
+    lengths, preference, alpha = torch.tensor([1.0, 2.0, 4.0]).double(), torch.tensor([1.5, 1.0, 0.5]).double(), 2.0
+    weights = FairGrad(alpha=alpha, preference=[3.0, 2.0, 1.0]).weights(torch.diag(lengths**2))
+    assert_close(weights, (preference ** (1 / alpha) / lengths**2) ** (alpha / (1 + alpha)))

@@ -74,3 +74,33 @@ def test_the_example_on_which_the_official_solver_gives_the_plain_sum():
     jacobian = torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0], [-1.0, -1.0, 3.0]], dtype=torch.float64)
     expected = torch.tensor([0.806, 0.806, 1.304], dtype=torch.float64)
     assert_close(NashMTL(max_norm=0.0)(jacobian), expected, rtol=0, atol=1e-3)
+
+
+def test_preferences_are_bargaining_powers():
+    # Orthogonal gradients: |g|^2 w = p / w, with p scaled to mean 1.
+    jacobian = torch.diag(torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64))
+    preference = torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)
+    weights = NashMTL(max_norm=0.0, preference=(3.0, 2.0, 1.0)).weights(jacobian @ jacobian.mT)
+    assert_close(weights, (preference / 2).sqrt() / jacobian.diagonal())
+
+
+def test_equal_preferences_change_nothing():
+    gramian = random(5, 30, conflict=0.5) @ random(5, 30, conflict=0.5).mT
+    assert_close(NashMTL(preference=[2.0] * 5).weights(gramian), NashMTL().weights(gramian), rtol=1e-10, atol=0)
+
+
+def test_preferences_keep_their_place_when_a_zero_gradient_is_left_out():
+    jacobian = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.3, 2.0]], dtype=torch.float64)
+    found = NashMTL(max_norm=0.0, preference=[1.0, 5.0, 3.0]).solve(jacobian @ jacobian.mT)
+    live = jacobian[[0, 2]]
+    expected = NashMTL(max_norm=0.0, preference=[1.0, 3.0]).weights(live @ live.mT)
+    assert_close(torch.from_numpy(found.weights)[[0, 2]], expected)
+    assert found.left_out == (1,)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_impossible_preferences_are_refused():
+    with pytest.raises(ValueError, match="positive numbers"):
+        NashMTL(preference=[1.0, 0.0])
+    with pytest.raises(ValueError, match="one number per objective, 3, but has 2"):
+        NashMTL(preference=[1.0, 1.0])(torch.eye(3))

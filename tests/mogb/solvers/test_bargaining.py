@@ -196,3 +196,53 @@ def test_too_few_steps_are_reported_and_the_best_point_is_returned():
     residuals = [found.residual for found in short]
     assert residuals == sorted(residuals, reverse=True)
     np.testing.assert_allclose([residual_of(rows, found.weights, 1.0) for found in short], residuals, rtol=1e-4)
+
+
+@pytest.mark.parametrize("alpha", [0.3, 1.0, 2.5])
+def test_orthogonal_gradients_with_preferences_have_a_closed_form(alpha):
+    # s^2 w = (p / w)^(1/alpha)
+    lengths, preference = np.array([1e-3, 1.0, 40.0]), np.array([0.2, 1.0, 3.0])
+    expected = (preference ** (1 / alpha) / lengths**2) ** (alpha / (1 + alpha))
+    found = bargain(np.diag(lengths**2), alpha, preference=preference)
+    np.testing.assert_allclose(found.weights, expected, rtol=1e-12)
+    assert found.converged
+    assert found.residual <= 1e-12
+
+
+@pytest.mark.parametrize("alpha", [0.25, 1.0, 4.0])
+def test_a_preference_of_two_counts_like_two_equal_objectives(alpha):
+    # Two copies with w each obey z = w^(-1/alpha); together they are one weight v = 2 w with z = (2 / v)^(1/alpha).
+    rows = jacobian("conflict .9", 3, seed=4)
+    copies = bargain(gramian(rows[[0, 1, 2, 2]]), alpha).weights
+    merged = np.array([copies[0], copies[1], copies[2] + copies[3]])
+    found = bargain(gramian(rows), alpha, preference=np.array([1.0, 1.0, 2.0]))
+    np.testing.assert_allclose(found.weights, merged, rtol=1e-9)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS[1:])  # the slopes of the first are lost in rounding
+@pytest.mark.parametrize("family", ["independent", "conflict .9", "norms over 3 decades"])
+@pytest.mark.parametrize("size", [2, 3, 16])
+def test_bargains_with_preferences_hold(family, size, alpha):
+    rows = jacobian(family, size, seed=2)
+    preference = np.geomspace(0.05, 5.0, size) ** min(1.0, alpha)
+    found = bargain(gramian(rows), alpha, preference=preference)
+    assert found.converged
+    slopes = (rows.astype(np.longdouble) @ (found.weights @ rows.astype(np.longdouble))).astype(float)
+    np.testing.assert_allclose(found.weights, preference * slopes**-alpha, rtol=1e-7)
+
+
+def test_preferences_maximize_the_weighted_product_of_gains():
+    rows, preference = jacobian("conflict .9", 3, seed=1), np.array([0.3, 0.7, 2.0])
+    direction = bargain(gramian(rows), preference=preference).weights @ rows
+    direction /= np.linalg.norm(direction)
+    others = np.random.default_rng(0).normal(size=(50_000, rows.shape[1]))
+    others = direction + 0.3 * others / np.sqrt(rows.shape[1])
+    gains = others / np.linalg.norm(others, axis=1, keepdims=True) @ rows.T
+    gains = gains[(gains > 0).all(axis=1)]
+    assert len(gains) > 1000
+    assert preference @ np.log(rows @ direction) >= (np.log(gains) @ preference).max()
+
+
+def test_preferences_that_are_not_positive_are_refused():
+    with pytest.raises(ValueError, match="preference must be positive"):
+        bargain(np.eye(2), preference=np.array([1.0, 0.0]))

@@ -188,3 +188,28 @@ def test_too_few_steps_are_reported_and_the_best_point_is_returned():
     assert full.converged
     assert short.residual > 1e-9
     assert objective(rows, full.simplex, 0.9) < objective(rows, short.simplex, 0.9)
+
+
+@pytest.mark.parametrize("c", CS)
+@pytest.mark.parametrize("family", ["independent", "conflict .9", "norms over 3 decades"])
+@pytest.mark.parametrize("size", [2, 3, 5, 16])
+def test_another_mean_closes_the_duality_gap_too(family, size, c):
+    rows = jacobian(family, size, seed=3)
+    shares = np.geomspace(1, 30, size) / np.geomspace(1, 30, size).sum()
+    shares[0], shares[-1] = 0.0, shares[-1] + shares[0]
+    found = conflict_averse(gramian(rows), c, shares)
+    assert found.converged
+    exact = rows.astype(np.longdouble)
+    mean, combined = shares @ exact, found.simplex @ exact
+    radius = c * np.sqrt(mean @ mean)
+    direction = mean + found.multiplier * combined
+    assert float(np.sqrt(((direction - mean) ** 2).sum())) == pytest.approx(float(radius), rel=1e-7)
+    gap = combined @ mean + radius * np.sqrt(combined @ combined) - (exact @ direction).min()
+    assert -1e-9 <= float(gap / (norms(rows).min() * radius * (1 + 1 / c))) <= 1e-8
+
+
+def test_a_zero_gradient_keeps_its_share_of_the_mean():
+    rows = np.array([[2.0, 0.0], [0.0, 0.0], [0.0, 2.0]])
+    found = conflict_averse(gramian(rows), 0.0, np.array([0.25, 0.5, 0.25]))
+    assert not found.stationary
+    assert conflict_averse(gramian(rows), 0.5, np.array([0.25, 0.5, 0.25])).stationary
