@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from mogb_diffusion.errors import InputError
@@ -102,15 +102,17 @@ def as_dtype(name: str) -> torch.dtype:
 
 
 def as_device(name: str) -> torch.device:
-    """The device of this name.
+    """The device of this name; ``auto`` is this process's GPU where there is one.
 
     Raises:
         InputError: There is none.
     """
+    if name == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise InputError(f"device must be cpu, cuda or cuda:N, but got {name!r}.") from error
+        raise InputError(f"device must be auto, cpu, cuda or cuda:N, but got {name!r}.") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device={name!r}, but torch sees no CUDA device: use device='cpu'.")
     return device
@@ -123,6 +125,20 @@ def missing(name: str, error: Exception) -> str:
         f"The weights {name!r} cannot be loaded ({first}). Fetch them once with `hf download {name}` on a machine that "
         "reaches the hub, or give a folder that holds them."
     )
+
+
+def fetch(repository: str, file: str) -> Path:
+    """A file of the hub, or of its cache.
+
+    Raises:
+        InputError: It is in neither.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repository, file))
+    except Exception as error:
+        raise InputError(missing(f"{repository} {file}", error)) from error
 
 
 def as_unit_floats(pictures: Pictures) -> Tensor:
@@ -158,8 +174,12 @@ def normalise(pixels: Tensor, mean: Sequence[float] = MEAN, std: Sequence[float]
     return (pixels - middle) / spread
 
 
-def bicubic_crop(pictures: Pictures, size: int) -> Tensor:
-    """CLIP's own preprocessing: the short side to ``size`` with Pillow's bicubic filter in 8 bits, then the centre."""
+def bicubic_crop(pictures: Pictures, size: int, *, rounded: bool = False) -> Tensor:
+    """CLIP's own preprocessing: the short side to ``size`` with Pillow's bicubic filter in 8 bits, then the centre.
+
+    Where the centre lies between two pixels, transformers rounds its corner down; ``rounded`` does as torchvision,
+    which takes the nearest, or the even one.
+    """
     from PIL import Image
 
     out = []
@@ -167,7 +187,7 @@ def bicubic_crop(pictures: Pictures, size: int) -> Tensor:
         image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
         width, height = _short_side(image.width, image.height, size)
         resized = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
-        out.append(torch.from_numpy(_centre(resized, size).copy()).permute(2, 0, 1))
+        out.append(torch.from_numpy(_centre(resized, size, rounded).copy()).permute(2, 0, 1))
     return normalise(torch.stack(out).float() / 255)
 
 
@@ -204,8 +224,8 @@ def _short_side(width: int, height: int, size: int) -> tuple[int, int]:
     return int(size * width / height), size
 
 
-def _centre(array: np.ndarray, size: int) -> np.ndarray:
-    top, left = (array.shape[0] - size) // 2, (array.shape[1] - size) // 2
+def _centre(array: np.ndarray, size: int, rounded: bool) -> np.ndarray:
+    top, left = (round(excess / 2) if rounded else excess // 2 for excess in (side - size for side in array.shape[:2]))
     return array[top : top + size, left : left + size]
 
 
@@ -240,3 +260,25 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     if not isinstance(held, Mapping) or not all(isinstance(value, Tensor) for value in held.values()):
         raise InputError(f"{path} holds no state_dict of tensors.")
     return {str(key).removeprefix("module."): value for key, value in held.items()}
+
+
+HEAD_LAYERS = (0, 2, 4, 6, 7)  # of the published heads; dropout lies between, and no activation
+
+
+def linear_head(state: Mapping[str, Tensor], stem: str = "") -> nn.Sequential:
+    """The five linear layers ``layers.N.weight`` and ``.bias`` of a checkpoint, in float32.
+
+    Raises:
+        InputError: It holds other layers below ``stem``.
+    """
+    wanted = [f"{stem}layers.{index}.{kind}" for index in HEAD_LAYERS for kind in ("weight", "bias")]
+    held = sorted(name for name in state if name.startswith(stem))
+    if held != sorted(wanted):
+        raise InputError(f"The head must hold {wanted[:2]} ... {wanted[-1:]}, but holds {held[:3]} ({len(held)} keys).")
+    layers = []
+    for index in HEAD_LAYERS:
+        weight, bias = (state[f"{stem}layers.{index}.{kind}"].float() for kind in ("weight", "bias"))
+        layer = nn.Linear(weight.shape[1], weight.shape[0])
+        layer.load_state_dict({"weight": weight, "bias": bias})
+        layers.append(layer)
+    return nn.Sequential(*layers).eval().requires_grad_(False)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mogb_diffusion.errors import InputError
 from mogb_diffusion.prompts import Prompt
@@ -12,12 +12,11 @@ from mogb_diffusion.rewards._clip import (
     Pictures,
     bicubic_crop,
     checked_batch_size,
+    linear_head,
     load_clip,
     read_checkpoint,
     score_in_batches,
 )
-
-LAYERS = (0, 2, 4, 6, 7)  # of the published file; dropout lies between, and no activation
 
 
 class Aesthetic:
@@ -49,7 +48,10 @@ class Aesthetic:
             )
         self.batch_size = checked_batch_size(batch_size)
         self.clip = load_clip(model, model, device, dtype, offload)
-        self.head = _head(Path(weights)).to(self.clip.device)
+        try:
+            self.head = linear_head(read_checkpoint(Path(weights))).to(self.clip.device)
+        except InputError as error:
+            raise InputError(f"{weights} is not the aesthetic predictor: {error}") from error
 
     @torch.no_grad()
     def __call__(self, images: Pictures, prompts: Sequence[Prompt]) -> Tensor:
@@ -61,17 +63,3 @@ class Aesthetic:
 
         with self.clip.weights.on_device():
             return score_in_batches(len(prompts), self.batch_size, score)
-
-
-def _head(path: Path) -> nn.Sequential:
-    state = read_checkpoint(path)
-    wanted = [f"layers.{index}.{kind}" for index in LAYERS for kind in ("weight", "bias")]
-    if sorted(state) != sorted(wanted):
-        raise InputError(f"{path} is not the aesthetic predictor: it holds {sorted(state)[:3]}, not {wanted[:2]} ...")
-    layers = []
-    for index in LAYERS:
-        weight = state[f"layers.{index}.weight"].float()
-        layer = nn.Linear(weight.shape[1], weight.shape[0])
-        layer.load_state_dict({"weight": weight, "bias": state[f"layers.{index}.bias"].float()})
-        layers.append(layer)
-    return nn.Sequential(*layers).eval().requires_grad_(False)

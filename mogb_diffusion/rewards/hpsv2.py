@@ -17,6 +17,7 @@ from mogb_diffusion.rewards._clip import (
     Preprocessing,
     as_device,
     as_dtype,
+    fetch,
     import_transformers,
     missing,
     read_checkpoint,
@@ -88,7 +89,7 @@ def _load(weights: str | None, config: str, device: str, dtype: str, offload: bo
     except (OSError, ValueError) as error:
         raise InputError(missing(config, error)) from error
     model = transformers.CLIPModel(architecture)
-    given = from_open_clip(read_checkpoint(Path(weights) if weights is not None else _fetch()))
+    given = from_open_clip(read_checkpoint(Path(weights) if weights is not None else fetch(REPOSITORY, FILE)))
     wrong = model.load_state_dict(given, strict=False)
     lost = [key for key in wrong.missing_keys if not key.endswith("position_ids")]
     if lost or wrong.unexpected_keys:
@@ -97,15 +98,6 @@ def _load(weights: str | None, config: str, device: str, dtype: str, offload: bo
             f"{wrong.unexpected_keys[:3]}. Give the config that it was trained with."
         )
     return Clip(Weights(model.to(as_dtype(dtype)), as_device(device), offload), words)
-
-
-def _fetch() -> Path:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(REPOSITORY, FILE))
-    except Exception as error:
-        raise InputError(missing(f"{REPOSITORY} {FILE}", error)) from error
 
 
 def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
