@@ -256,7 +256,7 @@ class RewardBalancer:
         before = np.full(len(norms), np.nan) if self._norms is None else self._norms
         self._norms = np.where(norms > 0, norms, before)
         self._coefficients = solution.weights.copy()
-        shares = solution.weights * norms
+        shares = solution.weights * (norms if self.choice.normalize else 1.0)  # on the simplex that was solved on
         total = shares.sum()
         self._simplex = shares / total if total > 0 else np.full(len(norms), 1 / len(norms))
         if solution.left_out:
@@ -280,6 +280,7 @@ class RewardBalancer:
         self._simplex = alpha / alpha.sum()
         known = np.where(np.isnan(self._norms), np.nanmean(self._norms) if np.isfinite(self._norms).any() else 1.0,
                          self._norms)  # fmt: skip
+        known = known if self.choice.normalize else np.ones(size)
         live = [k for k in range(size) if k not in solution.left_out]
         length, heard = float(np.sum(solution.weights[live] * known[live])), float(self._simplex[live].sum())
         if length > 0 and heard > 0:
@@ -308,28 +309,20 @@ class RewardBalancer:
         if mode.startswith("single:"):
             return np.array([float(name == mode.removeprefix("single:")) for name in names])
         if mode == "sequential":
-            members = self._stage(epoch)
+            members = self.choice.stage(epoch, self.run.epochs).rewards
             return np.array([float(name in members) / len(members) for name in names])
         every = self.choice.interval
         if every > 1 and self._coefficients is not None and self.step % every:
             return self._between()
         return None
 
-    def _stage(self, epoch: int) -> tuple[str, ...]:
-        stages = self.choice.stages
-        total = sum(stage.share for stage in stages)
-        reached = 0.0
-        for stage in stages:
-            reached += stage.share / total
-            if epoch < round(reached * self.run.epochs):
-                return stage.rewards
-        return stages[-1].rewards
-
     def _make_aggregator(self) -> Aggregator | None:
         choice = self.choice
         if choice.mode in config.MARBLE_MODES and choice.mode != "marble_script":
-            averaged = Smoothed(self._shrink, decay=choice.averaging)
-            made: Aggregator = Silenced(Rescaled(Normalized(averaged), length="times_mean_norm"), choice.silent)
+            made: Aggregator = Smoothed(self._shrink, decay=choice.averaging)
+            if choice.normalize:
+                made = Rescaled(Normalized(made), length="times_mean_norm")
+            made = Silenced(made, choice.silent)
             if choice.cold_start == "uniform":
                 made.solve(torch.eye(len(self.run.rewards), dtype=torch.float64))
             return made

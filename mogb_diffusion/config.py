@@ -260,14 +260,22 @@ class Loss:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One part of a ``sequential`` run: a share of its epochs, and the rewards that train then, equally weighted."""
+    """One part of a ``sequential`` run.
+
+    Attributes:
+        share: Of the epochs, relative to the other stages.
+        rewards: The rewards that train then, equally weighted.
+        sources: Numbers of the sources in ``prompts`` that are drawn from then; None is all of them.
+    """
 
     share: float
     rewards: tuple[str, ...]
+    sources: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         _positive("share", self.share)
         _need(bool(self.rewards), "rewards", "must name at least one reward", self.rewards)
+        _need(self.sources is None or bool(self.sources), "sources", "must name at least one source", self.sources)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,6 +287,8 @@ class Balancing:
         options: Of that method.
         gradients: Coefficients are solved on the ``full`` gradients or on their ``slope``, the part that depends on
             the advantages; None is the mode's own.
+        normalize: MARBLE's modes solve on unit gradients and bring the direction to the mean length. False is the
+            paper's ablation: the min-norm point of the gradients as they are.
         coefficients: Between refreshes the coefficients of the refresh step (``norm_corrected``), or the paper's
             simplex weights (``raw``).
         refresh_every: Steps from one solve to the next; None is 10 for ``marble`` and ``marble_script``, 1 otherwise.
@@ -298,6 +308,7 @@ class Balancing:
     mode: str = "marble"
     options: dict[str, Any] = field(default_factory=dict)
     gradients: Gradients | None = None
+    normalize: bool = True
     coefficients: Literal["norm_corrected", "raw"] = "norm_corrected"
     refresh_every: int | None = None
     decay: float | None = None
@@ -339,6 +350,8 @@ class Balancing:
         _need(self.gradients is None or solved, "gradients", f"means nothing in mode: {self.mode}", self.gradients)
         _need(self.decay is None or self.mode in MARBLE_MODES, "decay", f"means nothing in mode: {self.mode}; "
               "give a method its own average with options, if it has one", self.decay)  # fmt: skip
+        _need(self.normalize or (self.mode in MARBLE_MODES and self.mode != "marble_script"), "normalize",
+              f"false means nothing in mode: {self.mode}", self.normalize)  # fmt: skip
         _need(not self.shrinkage or self.mode in ("marble", "marble_every_step", "marble_exact"), "shrinkage",
               f"means nothing in mode: {self.mode}", self.shrinkage)  # fmt: skip
         _need(self.cold_start == "first" or self.mode in MARBLE_MODES, "cold_start",
@@ -373,6 +386,16 @@ class Balancing:
         if self.refresh_every is not None:
             return self.refresh_every
         return 10 if self.mode in ("marble", "marble_script") else 1
+
+    def stage(self, epoch: int, epochs: int) -> Stage:
+        """The stage of a ``sequential`` run that an epoch belongs to."""
+        total = sum(stage.share for stage in self.stages)
+        reached = 0.0
+        for stage in self.stages:
+            reached += stage.share / total
+            if epoch < round(reached * epochs):
+                return stage
+        return self.stages[-1]
 
     @property
     def averaging(self) -> float:
@@ -506,7 +529,7 @@ class Run:
     Attributes:
         name: For titles.
         seed: Of everything that is random.
-        epochs: Rounds of rollouts and updates.
+        epochs: Rounds of rollouts and updates; 0 trains nothing: the model is measured as it is.
         model: Which pipeline.
         policy: What trains.
         prompts: Where training prompts come from.
@@ -541,7 +564,7 @@ class Run:
 
     def __post_init__(self) -> None:
         _at_least("seed", self.seed, 0)
-        _at_least("epochs", self.epochs, 1)
+        _at_least("epochs", self.epochs, 0)
         _need(bool(self.prompts), "prompts", "must name at least one source", [])
         _need(bool(self.rewards), "rewards", "must name at least one reward", [])
         keys = [reward.key for reward in (*self.rewards, *self.evaluation.rewards)]
@@ -572,6 +595,10 @@ class Run:
                   for name in source.rewards or ()]  # fmt: skip
         for path, name in asked:
             _need(name in known, path, f"names no reward of this run ({', '.join(known)})", name)
+        for n, stage in enumerate(self.balancing.stages):
+            path, last = f"balancing.stages.{n}.sources", len(self.prompts) - 1
+            _need(all(0 <= source <= last for source in stage.sources or ()), path,
+                  f"must be numbers of sources in prompts, 0 to {last}", stage.sources)  # fmt: skip
 
 
 def build(cls: type[T], given: Any, base: T | None = None) -> T:

@@ -118,14 +118,14 @@ class PromptMixture:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def draw(self, count: int, *key: int | str) -> list[int]:
+    def draw(self, count: int, *key: int | str, sources: Sequence[int] | None = None) -> list[int]:
         """The rows of ``count`` groups: each source gets its share, and repeats a row only when it has no other.
 
         Shares that are no whole numbers are rounded at random, so that they hold on average. The draw depends on the
-        key alone.
+        key alone, and on the numbers of the sources, if not all are drawn from.
         """
         generator = keyed_generator(*key, "rows")
-        quotas = self._quotas(count, generator)
+        quotas = self._quotas(count, generator, sources)
         rows: list[int] = []
         start = 0
         for size, quota in zip(self._sizes, quotas, strict=True):
@@ -137,13 +137,17 @@ class PromptMixture:
         order = torch.randperm(len(rows), generator=generator).tolist()
         return [rows[index] for index in order]
 
-    def _quotas(self, count: int, generator: torch.Generator) -> list[int]:
+    def _quotas(self, count: int, generator: torch.Generator, sources: Sequence[int] | None) -> list[int]:
         """Systematic sampling: one random offset, so that each quota is its share rounded down or up."""
         offset = float(torch.rand((), generator=generator, dtype=torch.float64))
+        chosen = range(len(self._shares)) if sources is None else sources
+        shares = [share if index in chosen else 0.0 for index, share in enumerate(self._shares)]
+        if sources is not None:
+            shares = [share / sum(shares) for share in shares]
         quotas, position, reached = [], 0.0, 0
-        for index, share in enumerate(self._shares):
+        for index, share in enumerate(shares):
             position += share * count
-            end = count if index == len(self._shares) - 1 else min(count, int(position + offset + 1e-9))
+            end = count if index >= max(chosen) else min(count, int(position + offset + 1e-9))
             quotas.append(end - reached)
             reached = end
         return quotas

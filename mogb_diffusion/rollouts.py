@@ -61,7 +61,9 @@ class Epoch:
 
 def plan_epoch(run: Run, mixture: PromptMixture, number: int) -> Epoch:
     """Draws the prompts of an epoch and repeats each ``images_per_prompt`` times."""
-    drawn = mixture.draw(run.batch.groups, run.seed, "epoch", number)
+    stages = run.balancing.stages
+    sources = run.balancing.stage(number, run.epochs).sources if stages else None
+    drawn = mixture.draw(run.batch.groups, run.seed, "epoch", number, sources=sources)
     rows = tuple(row for row in drawn for _ in range(run.batch.images_per_prompt))
     return Epoch(number, rows, run.seed)
 

@@ -16,7 +16,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Prints them."""
     from mogb_diffusion.config import to_plain, to_yaml
-    from mogb_diffusion.recipes import RECIPES, recipe
+    from mogb_diffusion.recipes import RECIPES, recipe, summary
 
     if options.recipe is not None:
         found = recipe(options.recipe)
@@ -24,10 +24,10 @@ def run(options: argparse.Namespace) -> int:
             json.dumps(to_plain(found), indent=2) if options.json else to_yaml(found), end="\n" if options.json else ""
         )
         return 0
-    entries = [{"name": name, "summary": (make.__doc__ or "").strip()} for name, make in RECIPES.items()]
+    entries = [{"name": name, "summary": summary(name)} for name in RECIPES]
     if options.json:
         print(json.dumps(entries, indent=2))
     else:
         for entry in entries:
-            print(f"{entry['name']:20} {entry['summary']}")
+            print(f"{entry['name']:26} {entry['summary']}")
     return 0

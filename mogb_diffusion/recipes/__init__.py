@@ -8,20 +8,8 @@ from mogb_diffusion.errors import InputError
 from mogb_diffusion.recipes import sd35, tiny
 
 RECIPES: dict[str, Callable[[], Run]] = {
-    function.__name__: function
-    for function in (
-        tiny.tiny,
-        tiny.tiny_smoke,
-        tiny.tiny_weighted_sum,
-        tiny.tiny_marble,
-        sd35.sd35_marble,
-        sd35.sd35_marble_exact,
-        sd35.sd35_weighted_sum,
-        sd35.sd35_fixed,
-        sd35.sd35_every_step,
-        sd35.sd35_script,
-    )
-}
+    function.__name__: function for function in (tiny.tiny, tiny.tiny_smoke, tiny.tiny_weighted_sum, tiny.tiny_marble)
+} | {variant.name: variant for variant in sd35.VARIANTS}
 
 
 def recipe(name: str) -> Run:
@@ -35,3 +23,9 @@ def recipe(name: str) -> Run:
         hint = f"Did you mean {close[0]!r}?" if close else f"Recipes: {', '.join(RECIPES)}."
         raise InputError(f"There is no recipe {name!r}. {hint}")
     return RECIPES[name]()
+
+
+def summary(name: str) -> str:
+    """What a recipe is, in one line."""
+    made = RECIPES[name]
+    return made.summary if isinstance(made, sd35.Variant) else (made.__doc__ or "").strip()

@@ -177,6 +177,53 @@ def test_raw_coefficients_are_the_simplex_weights():
     assert_close(torch.from_numpy(report.shares), alpha, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("gradients", ["full", "slope"])
+@pytest.mark.parametrize("mode", ["marble_exact", "marble_every_step"])
+def test_without_normalization_it_is_the_shortest_vector_of_the_hull_of_the_gradients(mode, gradients):
+    step = Step(make_run(mode, gradients=gradients, normalize=False))
+    report, found = step.run_update(micro_batch=3)
+    full, common = gradients_by_hand(step)
+    rows = full if gradients == "full" else full - common
+    alpha = torch.as_tensor(np.asarray(mogb.min_norm(rows @ rows.mT).weights))
+    assert_close(found, alpha @ rows + (common if gradients == "slope" else 0), rtol=1e-9, atol=1e-12)
+    assert_close(torch.from_numpy(report.coefficients), alpha, rtol=1e-9, atol=1e-12)
+    inner = rows @ (alpha @ rows)  # of the shortest vector with every gradient: its square, or more where alpha is 0
+    assert (inner >= (alpha @ rows).square().sum() * (1 - 1e-9)).all()
+    shortest = rows.norm(dim=1).argmin()  # what normalization prevents: the shortest gradient takes the most
+    assert alpha.argmax() == shortest
+
+
+@pytest.mark.parametrize("coefficients", ["raw", "norm_corrected"])
+def test_without_normalization_the_weights_on_the_gradients_are_kept_and_averaged(coefficients):
+    step = Step(make_run("marble", refresh_every=2, decay=0.7, normalize=False, coefficients=coefficients,
+                         gradients="full"))  # fmt: skip
+    solves = []
+    for seed in (1, 9):
+        step.values = make_rewards(seed=seed)
+        rows, _ = gradients_by_hand(step)
+        solves.append(np.asarray(mogb.min_norm(rows @ rows.mT).weights))
+        refreshed, _ = step.run_update()
+        kept, found = step.run_update()
+        assert (refreshed.kind, kept.kind) == ("solved", "weighted")
+        assert_close(torch.from_numpy(kept.coefficients), torch.from_numpy(refreshed.coefficients))
+        assert_close(found, torch.from_numpy(kept.coefficients) @ rows, rtol=1e-9, atol=1e-12)
+    assert kept.coefficients == pytest.approx(0.7 * solves[0] + 0.3 * solves[1], rel=1e-9)
+
+
+def test_without_normalization_a_reward_that_was_silent_is_heard_with_its_average():
+    step = Step(make_run("marble", refresh_every=2, decay=0.7, normalize=False))
+    first, _ = step.run_update()
+    step.run_update()
+    step.values = make_rewards(silent=(1,))
+    report, _ = step.run_update()
+    assert report.left_out == ("aesthetic",)
+    assert report.coefficients[1] == 0
+    step.values = make_rewards()
+    later, _ = step.run_update()
+    others = report.coefficients.sum()
+    assert later.coefficients[1] / others == pytest.approx(first.coefficients[1], rel=1e-9)
+
+
 def test_the_average_starts_from_the_first_solve_or_from_uniform():
     full, common = gradients_by_hand(Step(make_run()))
     _, alpha = marble_by_hand(full - common)

@@ -107,6 +107,17 @@ def test_quotas_follow_the_weights():
     }
 
 
+def test_a_draw_can_leave_sources_out():
+    mixture = PromptMixture([[Prompt(f"{part}{n}") for n in range(20)] for part in "abcd"], weights=[1, 2, 5, 1])
+    for chosen in ((0,), (2,), (3,), (0, 2), (1, 3)):
+        drawn = collections.Counter(row // 20 for epoch in range(200) for row in mixture.draw(6, epoch, sources=chosen))
+        assert set(drawn) == set(chosen)
+        weights = [(1, 2, 5, 1)[source] for source in chosen]
+        for source, weight in zip(chosen, weights, strict=True):
+            assert drawn[source] / 1200 == pytest.approx(weight / sum(weights), abs=0.03)
+    assert mixture.draw(6, 0, sources=(0, 1, 2, 3)) == mixture.draw(6, 0)
+
+
 def test_draws_depend_on_their_key_alone():
     mixture = PromptMixture([[Prompt(str(i)) for i in range(100)]])
     assert mixture.draw(8, 0, "epoch", 1) == mixture.draw(8, 0, "epoch", 1)

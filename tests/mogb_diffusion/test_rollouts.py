@@ -22,6 +22,19 @@ def test_each_prompt_comes_images_per_prompt_times():
     assert plan != plan_epoch(run, mixture, 4)
 
 
+def test_a_stage_draws_from_its_own_sources():
+    sources = [{"path": f"{name}.txt"} for name in "abc"]
+    stages = [{"share": 3, "rewards": ["text"], "sources": [1]}, {"share": 1, "rewards": ["text"]},
+              {"share": 2, "rewards": ["text"], "sources": [0, 2]}]  # fmt: skip
+    balancing = {"mode": "sequential", "stages": stages}
+    run = config.build(
+        config.Run, {"prompts": sources, "rewards": [{"name": "text"}], "epochs": 6, "balancing": balancing}
+    )
+    mixture = PromptMixture([[Prompt(f"{name}{n}") for n in range(60)] for name in "abc"])
+    drawn = [{row // 60 for row in plan_epoch(run, mixture, epoch).rows} for epoch in range(6)]
+    assert drawn == [{1}] * 3 + [{0, 1, 2}] + [{0, 2}] * 2
+
+
 def test_noise_belongs_to_the_sample():
     plan = Epoch(2, (0,) * 6, 5)
     whole = plan.noise(range(6), (2, 3), torch.float32)

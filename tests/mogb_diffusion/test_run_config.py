@@ -7,7 +7,7 @@ from mogb_diffusion.errors import InputError
 from mogb_diffusion.recipes import RECIPES, recipe
 
 BAD = {
-    "epochs=0": "epochs: must be a whole number >= 1",
+    "epochs=-1": "epochs: must be a whole number >= 0",
     "epochs=ten": "epochs: must be a whole number",
     "epochs=true": "epochs: must be a whole number",
     "epoch=3": "epoch: unknown key. Did you mean 'epochs'?",
@@ -42,6 +42,15 @@ BAD = {
     "balancing.mode=single": "balancing.mode: single needs the name of a reward",
     "balancing.mode=single:beauty": "balancing.mode: names no reward of this run",
     "balancing.mode=sequential": "balancing.stages: belong to mode: sequential, which needs at least one",
+    "balancing={mode: sequential, stages: [{share: 1, rewards: [text], sources: [2]}]}": (
+        "balancing.stages.0.sources: must be numbers of sources in prompts, 0 to 1"
+    ),
+    "balancing={mode: sequential, stages: [{share: 1, rewards: [text], sources: []}]}": (
+        "balancing.stages.0.sources: must name at least one source"
+    ),
+    "balancing.normalize=1": "balancing.normalize: must be true or false",
+    "balancing={mode: upgrad, normalize: false}": "balancing.normalize: false means nothing in mode: upgrad",
+    "balancing={mode: marble_script, normalize: false}": "balancing.normalize: false means nothing in mode: marble_sc",
     "balancing.alpha={text: 1}": "balancing.alpha: belongs to mode: fixed",
     "balancing.decay=1": "balancing.decay: must be in [0, 1)",
     "balancing.refresh_every=10": "balancing.refresh_every: must be 1 or left out in mode: marble_exact",
