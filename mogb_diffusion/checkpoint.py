@@ -40,7 +40,7 @@ def save(root: Path, step: int, state: dict[str, Any], export: Callable[[Path], 
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    final = root / f"{PREFIX}{step:06d}"
+    final = root / folder_name(step)
     staging = root / f".staging-{final.name}"
     try:
         shutil.rmtree(staging, ignore_errors=True)
@@ -62,7 +62,7 @@ def save(root: Path, step: int, state: dict[str, Any], export: Callable[[Path], 
         staging.rename(final)
         _flush(root)
         shutil.rmtree(aside, ignore_errors=True)
-        _write_whole(root / LATEST, final.name)
+        write_whole(root / LATEST, final.name + "\n")
     except (OSError, SafetensorError) as error:  # the latter is no OSError, also where the disk is full
         shutil.rmtree(staging, ignore_errors=True)
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
@@ -100,22 +100,37 @@ def load(folder: Path) -> dict[str, Any]:
     return state
 
 
+def folder_name(step: int) -> str:
+    """Of the checkpoint after so many optimizer steps."""
+    return f"{PREFIX}{step:06d}"
+
+
 def found(root: Path) -> list[Path]:
     """The checkpoints of a run, the newest first."""
     return sorted((path for path in root.glob(f"{PREFIX}*") if path.is_dir()), key=_step, reverse=True)
 
 
 def newest(root: Path, tell: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint and its state; damaged ones are skipped, with a message each."""
-    for aside in root.glob(f"{_ASIDE}{PREFIX}*"):  # a kill between two renames
-        if not (root / aside.name.removeprefix(_ASIDE)).exists():
-            aside.rename(root / aside.name.removeprefix(_ASIDE))
-    for folder in found(root):
+    """The newest whole checkpoint and its state; damaged ones are skipped, with a message each. Nothing is written."""
+    for folder in sorted((*found(root), *_set_aside(root)), key=_step, reverse=True):
         try:
             return folder, load(folder)
         except CheckpointError as error:  # noqa: PERF203 - a handful of folders
             tell(f"{error} It is skipped.")
     return None
+
+
+def restore(root: Path) -> None:
+    """Gives a checkpoint its name back, where a kill came between two renames. For the one process that writes."""
+    for aside in _set_aside(root):
+        aside.rename(root / aside.name.removeprefix(_ASIDE))
+    for left in root.glob(f"{_ASIDE}{PREFIX}*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _set_aside(root: Path) -> list[Path]:
+    """Checkpoints that a newer one of the same step was about to replace, and did not."""
+    return [path for path in root.glob(f"{_ASIDE}{PREFIX}*") if not (root / path.name.removeprefix(_ASIDE)).exists()]
 
 
 def _prune(root: Path, keep_last: int, step: int) -> None:
@@ -128,7 +143,7 @@ def _prune(root: Path, keep_last: int, step: int) -> None:
 
 
 def _step(path: Path) -> int:
-    digits = path.name.removeprefix(PREFIX)
+    digits = path.name.removeprefix(_ASIDE).removeprefix(PREFIX)
     return int(digits) if digits.isdigit() else -1
 
 
@@ -179,9 +194,10 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is there in full or as it was before."""
     staging = path.with_name(f".{path.name}.new")
-    staging.write_text(text + "\n")
+    staging.write_text(text)
     _flush(staging)
     staging.replace(path)
 

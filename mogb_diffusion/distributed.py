@@ -3,14 +3,20 @@
 Work is cut by number, and random numbers belong to samples, so that any number of ranks does the same run.
 """
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from mogb_diffusion.errors import CheckpointError, InputError, RewardFailure
+
+_KINDS: tuple[type[Exception], ...] = (InputError, CheckpointError, RewardFailure, OSError)
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,47 @@ class Ranks:
         dist.all_gather(pieces, padded)
         sizes = [len(Ranks(rank, self.size).mine(count)) for rank in range(self.size)]
         return torch.cat([piece[:size] for piece, size in zip(pieces, sizes, strict=True)]).to(part.device)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What fails within the block on one rank fails on all of them at once, with the same message.
+
+        Every rank has to get there; the block may hold no exchange that another rank would miss.
+
+        Raises:
+            Exception: The error of the first rank that has one: of the same kind where it is one of this package or an
+                OSError, a RuntimeError otherwise. That rank itself raises what it had.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            if self.size == 1:
+                raise
+            failure = error
+        if self.size == 1:
+            return
+        source = self.size - round(self.max(0.0 if failure is None else float(self.size - self.rank)))
+        if source == self.size:
+            return
+        told = self._told(failure, source)
+        if failure is not None:
+            raise failure
+        kind, text = told
+        raise (_KINDS[kind] if kind >= 0 else RuntimeError)(text if kind >= 0 else f"rank {source}: {text}")
+
+    def _told(self, failure: Exception | None, source: int) -> tuple[int, str]:
+        """The kind and the text of one rank's error, on all of them."""
+        said = b""
+        if failure is not None and self.rank == source:
+            kind = next((n for n, known in enumerate(_KINDS) if isinstance(failure, known)), -1)
+            text = str(failure) if kind >= 0 else f"{type(failure).__name__}: {failure}"
+            said = json.dumps([kind, text]).encode()
+        length = round(self.max(float(len(said))))
+        carrier = torch.zeros(length, dtype=torch.int32)
+        carrier[: len(said)] = torch.tensor(list(said), dtype=torch.int32)
+        kind, text = json.loads(bytes(self.sum(carrier).tolist()))
+        return int(kind), str(text)
 
     def _carried(self, values: Tensor) -> Tensor:
         """On the device that the backend exchanges."""

@@ -4,6 +4,7 @@ Every line of ``metrics.jsonl`` has a ``kind`` (``epoch``, ``step`` or ``evaluat
 Wall times are under ``seconds`` and nowhere else: without them, two runs of one configuration are equal line by line.
 """
 
+import importlib
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -36,12 +37,12 @@ class Tracker:
         self.folder = folder
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         path = folder / METRICS
+        self._writers = list(_writers(folder, settings, title))
         kept = path.read_text().splitlines(keepends=True)[:keep] if path.exists() else []
         staging = path.with_suffix(".new")
         staging.write_text("".join(kept))
         staging.replace(path)
         self.lines = len(kept)
-        self._writers = list(_writers(folder, settings, title))
         self._file = path.open("a")
 
     def log(self, kind: str, epoch: int, step: int, values: Mapping[str, Any]) -> None:
@@ -120,14 +121,30 @@ def _scalars(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{name}", float(value)
 
 
+def check_packages(settings: config.Tracking) -> None:
+    """That what the settings ask for is installed; nothing is written.
+
+    Raises:
+        InputError: It is not.
+    """
+    for wanted, package, module in (
+        (settings.tensorboard, "tensorboard", "torch.utils.tensorboard"),
+        (settings.wandb is not None, "wandb", "wandb"),
+    ):
+        if wanted:
+            try:
+                importlib.import_module(module)
+            except ImportError:
+                raise InputError(
+                    f"tracking.{package}: needs {package}. Install it with: pip install 'mogb[{package}]'"
+                ) from None
+
+
 def _writers(folder: Path, settings: config.Tracking, title: str) -> Iterator[Any]:
+    check_packages(settings)
     if settings.tensorboard:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise InputError(
-                "tracking.tensorboard: needs tensorboard. Install it with: pip install 'mogb[tensorboard]'"
-            ) from None
+        from torch.utils.tensorboard import SummaryWriter
+
         events = SummaryWriter(str(folder / "tensorboard"))
 
         def write_events(values: Mapping[str, float], step: int) -> None:
@@ -138,10 +155,8 @@ def _writers(folder: Path, settings: config.Tracking, title: str) -> Iterator[An
 
         yield write_events
     if settings.wandb is not None:
-        try:
-            import wandb
-        except ImportError:
-            raise InputError("tracking.wandb: needs wandb. Install it with: pip install 'mogb[wandb]'") from None
+        import wandb
+
         session = wandb.init(project=settings.wandb, name=title, dir=str(folder))
 
         def write_wandb(values: Mapping[str, float], step: int) -> None:

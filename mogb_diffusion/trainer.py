@@ -32,7 +32,7 @@ from mogb_diffusion.policy_schedule import ParameterEMA, old_policy_decay
 from mogb_diffusion.rollouts import Epoch, describe_batch, draw, noised, plan_epoch
 from mogb_diffusion.scoring import make_scorer
 from mogb_diffusion.signals import Signal, SignalMaker
-from mogb_diffusion.tracking import Tracker
+from mogb_diffusion.tracking import Tracker, check_packages
 
 CONFIG = "config.yaml"
 _FREE = ("checkpoints", "tracking", "scoring", "name")  # keys that may change when a run goes on
@@ -238,9 +238,8 @@ class Trainer:
         if self.held_out:
             with self.clock("evaluation"), self.averaged():
                 scores, _ = evaluate(self.model, self.examiner, self.held_out, self.run, self.ranks)
-            if self.tracker is not None:
-                values = {"name": name, "scores": {key: asdict(score) for key, score in scores.items()}}
-                self.tracker.log("evaluation", self.epoch, self.step, values)
+            values = {"name": name, "scores": {key: asdict(score) for key, score in scores.items()}}
+            self._log("evaluation", self.epoch, values)
             told = ", ".join(f"{key} {score.mean:.3f} ± {score.error:.3f}" for key, score in scores.items())
             self.tell(f"held out, {name}: {told}")
         self._save_pictures(name)
@@ -253,13 +252,18 @@ class Trainer:
             self.save()
 
     def save(self) -> None:
-        """Writes a checkpoint; see :mod:`mogb_diffusion.checkpoint`."""
-        if self.out is not None and self.ranks.first:
-            with self.clock("checkpoints"):
+        """Writes a checkpoint; see :mod:`mogb_diffusion.checkpoint`.
+
+        Raises:
+            CheckpointError: It could not be written; on every rank.
+        """
+        if self.out is None:
+            return
+        with self.clock("checkpoints"), self.ranks.together():
+            if self.ranks.first:
                 checkpoint.save(
                     self.out, self.step, self.state_dict(), self.export, keep_last=self.run.checkpoints.keep_last
                 )
-        self.ranks.wait()
 
     def export(self, folder: Path) -> None:
         """Writes the trained weights, averaged where there is an average, in the form that diffusers loads."""
@@ -315,17 +319,16 @@ class Trainer:
         means = {name: _mean(row) for name, row in zip(names, rewards, strict=True)}
         flat = {name: _flat_share(row, plan.rows) for name, row in zip(names, rewards, strict=True)}
         failures = {name: {k: n for k, n in counts.items() if n} for name, counts in self.scorer.counts.items()}
-        if self.tracker is not None:
-            values = {
-                "rewards": means,
-                "silent_groups": flat,
-                "clamp_hits": dict(zip(signal.names, signal.clamp_hits.tolist(), strict=True)),
-                "failures": {name: counts for name, counts in failures.items() if counts},
-                "old_decay": decay,
-                "skipped": sum(report is None for report in reports),
-                "seconds": self.clock.take() | {"scoring": self.scorer.seconds},
-            }
-            self.tracker.log("epoch", self.epoch, self.step, values)
+        values = {
+            "rewards": means,
+            "silent_groups": flat,
+            "clamp_hits": dict(zip(signal.names, signal.clamp_hits.tolist(), strict=True)),
+            "failures": {name: counts for name, counts in failures.items() if counts},
+            "old_decay": decay,
+            "skipped": sum(report is None for report in reports),
+            "seconds": self.clock.take() | {"scoring": self.scorer.seconds},
+        }
+        self._log("epoch", self.epoch, values)
         self.tell(self._summary(means, [report for report in reports if report is not None]))
 
     def close(self) -> None:
@@ -366,11 +369,15 @@ class Trainer:
         limit = self.run.optimizer.max_grad_norm or math.inf
         return float(torch.nn.utils.clip_grad_norm_(self.policy.parameters, limit))
 
+    def _log(self, kind: str, epoch: int, values: dict[str, Any]) -> None:
+        """Adds a line to the metrics. A full disk stops every rank."""
+        with self.ranks.together():
+            if self.tracker is not None:
+                self.tracker.log(kind, epoch, self.step, values)
+
     def _log_step(self, report: BalanceReport | None, norm: float, epoch: int) -> None:
-        if self.tracker is None:
-            return
         if report is None:
-            self.tracker.log("step", epoch, self.step, {"skipped": True})
+            self._log("step", epoch, {"skipped": True})
             return
         names = report.names
 
@@ -385,7 +392,7 @@ class Trainer:
         }  # fmt: skip
         if self.balancer.scale.enabled:
             values["loss_scale"] = self.balancer.scale.value
-        self.tracker.log("step", epoch, self.step, values)
+        self._log("step", epoch, values)
 
     def _summary(self, means: dict[str, float], reports: Sequence[BalanceReport]) -> str:
         parts = [" ".join(f"{name} {mean:.3f}" for name, mean in means.items())]
@@ -400,38 +407,55 @@ class Trainer:
         return f"epoch {self.epoch}/{self.run.epochs} | {' | '.join(parts)} | {_duration(left)} left"
 
     def _save_pictures(self, name: str) -> None:
-        if self.tracker is None or not self.ranks.first:
-            return
-        prompts = self.held_out or [self.mixture.rows[n % len(self.mixture)] for n in range(self.run.tracking.samples)]
-        with self.clock("evaluation"), self.averaged():
-            images = draw_pictures(
-                self.model, prompts[: self.run.tracking.samples], evaluation_sampling(self.run), self.run.seed
-            )
-        self.tracker.save_grid(images, name)
-
-    def _open(self, resume: bool) -> None:
-        """Finds what is there, and begins to write."""
         if self.out is None:
             return
+        prompts = self.held_out or [self.mixture.rows[n % len(self.mixture)] for n in range(self.run.tracking.samples)]
+        with self.clock("evaluation"), self.averaged(), self.ranks.together():
+            if self.tracker is not None:
+                images = draw_pictures(
+                    self.model, prompts[: self.run.tracking.samples], evaluation_sampling(self.run), self.run.seed
+                )
+                self.tracker.save_grid(images, name)
+
+    def _open(self, resume: bool) -> None:
+        """Finds what is there, and begins to write. What fails on one rank fails on all of them."""
+        if self.out is None:
+            return
+        last: tuple[Path, dict[str, Any]] | None = None
+        with self.ranks.together():
+            check_packages(self.run.tracking)
+            if self.ranks.first:
+                last = self._find(resume)
+        step = round(self.ranks.max(float(last[1]["step"]) if last is not None else -1.0))
         keep = 0
-        present = (self.out / CONFIG).exists() or bool(checkpoint.found(self.out))
-        if present and not resume:
-            raise InputError(f"{self.out} holds a run: add --resume to go on with it, or name another --out.")
-        if resume and present:
-            self._check_same()
-            if (last := checkpoint.newest(self.out, self.tell)) is not None:
-                folder, state = last
+        if step >= 0:
+            with self.ranks.together():
+                folder = self.out / checkpoint.folder_name(step)
+                state = checkpoint.load(folder) if last is None else last[1]
                 self.load_state_dict(state)
                 self._resumed, keep = True, int(state["lines"])
-                self.tell(f"resumed from {folder} at epoch {self.epoch}")
-            else:
-                self.tell(f"{self.out} has no whole checkpoint: the run starts from its beginning.")
-        self.ranks.wait()
+            self.tell(f"resumed from {folder} at epoch {self.epoch}")
         self._began = time.monotonic()
-        if self.ranks.first:
-            self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / CONFIG).write_text(to_yaml(self.run))
-            self.tracker = Tracker(self.out, self.run.tracking, self.run.name, keep=keep)
+        with self.ranks.together():
+            if self.ranks.first:
+                self.out.mkdir(parents=True, exist_ok=True)
+                self.tracker = Tracker(self.out, self.run.tracking, self.run.name, keep=keep)
+                checkpoint.write_whole(self.out / CONFIG, to_yaml(self.run))  # last: from here on the folder is a run
+
+    def _find(self, resume: bool) -> tuple[Path, dict[str, Any]] | None:
+        """The checkpoint to go on from; for the rank that writes."""
+        assert self.out is not None
+        checkpoint.restore(self.out)
+        present = (self.out / CONFIG).exists() or bool(checkpoint.found(self.out))
+        if not present:
+            return None
+        if not resume:
+            raise InputError(f"{self.out} holds a run: add --resume to go on with it, or name another --out.")
+        self._check_same()
+        last = checkpoint.newest(self.out, self.tell)
+        if last is None:
+            self.tell(f"{self.out} has no whole checkpoint: the run starts from its beginning.")
+        return last
 
     def _check_same(self) -> None:
         assert self.out is not None

@@ -127,5 +127,10 @@ def test_a_second_save_of_a_step_replaces_the_first_one_and_a_kill_between_leave
     checkpoint.save(tmp_path, 1, {"n": 2}, lambda path: None)
     assert checkpoint.newest(tmp_path, print)[1] == {"n": 2}
     (tmp_path / "checkpoint-000001").rename(tmp_path / ".aside-checkpoint-000001")  # killed between two renames
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert checkpoint.newest(tmp_path, print)[1] == {"n": 2}
+    assert sorted(path.name for path in tmp_path.iterdir()) == before  # who reads, writes nothing
+    checkpoint.restore(tmp_path)
+    checkpoint.restore(tmp_path)
     assert checkpoint.newest(tmp_path, print)[1] == {"n": 2}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-000001", "latest"]
