@@ -14,7 +14,7 @@ from mogb.front import Sweep, sweep_front, takes_preference
 from mogb.specs import parse_spec
 
 PROBLEMS = ("bowls_2d", "fonseca_2d", "zdt1")
-WITHOUT = ("mgda", "nash_mtl", "marble")  # for comparison: as many starting points
+WITHOUT = ("mgda", "imtl_g", "marble")  # for comparison: as many starting points
 
 
 def figures(method: str, problem: str, points: int) -> dict[str, Any]:
