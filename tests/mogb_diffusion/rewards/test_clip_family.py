@@ -307,7 +307,7 @@ class TestAesthetic:
     ("options", "message"),
     [
         ({"dtype": "int8"}, "dtype must be one of float32, float16, bfloat16"),
-        ({"device": "tpu9"}, "device must be cpu, cuda or cuda:N"),
+        ({"device": "tpu9"}, "device must be auto, cpu, cuda or cuda:N"),
         ({"batch_size": 0}, "batch_size must be a positive whole number"),
     ],
 )
