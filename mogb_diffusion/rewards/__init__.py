@@ -22,6 +22,7 @@ BUILT_IN = {
     "hpsv2": "mogb_diffusion.rewards.hpsv2:HPSv2",
     "aesthetic": "mogb_diffusion.rewards.aesthetic:Aesthetic",
     "imagereward": "mogb_diffusion.rewards.imagereward:ImageReward",
+    "unifiedreward": "mogb_diffusion.rewards.unifiedreward:UnifiedReward",
     "geneval": "mogb_diffusion.rewards.detection:GenEval",
     "ocr": "mogb_diffusion.rewards.ocr:Ocr",
     "world_preference": "mogb_diffusion.rewards.world:Preference",
