@@ -348,8 +348,13 @@ class Balancer:
             process_group=self.process_group,
             exchange=self.exchange,
             retain_graph=retain_graph,
-            doing=f"step {self.step}, {'balance' if self._remembered is None else 'reuse'}",
+            doing=self._doing,
         )
+
+    @property
+    def _doing(self) -> str:
+        """What all ranks must be about to do."""
+        return f"step {self.step}, {'balance' if self._remembered is None else 'reuse'}"
 
     def _terms(
         self,
@@ -373,7 +378,9 @@ class Balancer:
             scaler=scaler,
             num_samples=num_samples,
             process_group=self.process_group,
+            exchange=self.exchange,
             retain_graph=retain_graph,
+            doing=self._doing,
             **options,
         )
 

@@ -20,7 +20,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from mogb.base import Aggregator, Solution
-from mogb.engines.distributed import GroupChoice, Ranks, find_ranks, is_sharded
+from mogb.engines.distributed import Exchange, GroupChoice, Ranks, describe_step, find_ranks, is_sharded
 from mogb.engines.groups import Grouping
 from mogb.engines.losses import as_parameters
 from mogb.engines.per_sample.attachment import Attachment
@@ -301,6 +301,7 @@ class PerSample:
         scaler: Any = None,
         num_samples: int | float | None = None,
         process_group: GroupChoice = "default",
+        exchange: Exchange = "auto",
         retain_graph: bool = False,
     ) -> Report:
         """Balances the K losses, and adds the direction to every ``param.grad``: :func:`mogb.backward` for terms.
@@ -320,6 +321,7 @@ class PerSample:
             num_samples: As in :func:`mogb.backward`: this rank's number of samples, where they differ.
             process_group: As in :func:`mogb.backward`: the ranks whose rows are averaged. Run the forward pass of a
                 ``DistributedDataParallel`` under ``no_sync()``.
+            exchange: As in :func:`mogb.backward`.
             retain_graph: Keep the graph for another backward pass.
 
         Raises:
@@ -339,6 +341,7 @@ class PerSample:
             scaler=scaler,
             num_samples=num_samples,
             process_group=process_group,
+            exchange=exchange,
             retain_graph=retain_graph,
         )
         return balance(source, Grouping(aggregator, "whole", self.params)).report
@@ -356,12 +359,18 @@ class PerSample:
         scaler: Any = None,
         num_samples: int | float | None = None,
         process_group: GroupChoice = "default",
+        exchange: Exchange = "auto",
         retain_graph: bool = False,
+        doing: str = "balance",
     ) -> TermSource:
-        """For balancers: the checked losses of :meth:`backward`, with ``store`` as in :meth:`gradients`."""
+        """For balancers: the checked losses of :meth:`backward`, with ``store`` as in :meth:`gradients`.
+
+        ``doing`` is what the ranks must agree to do, besides what the other arguments say.
+        """
         check_choice("rows", rows, ("auto", "keep", "drop"))
-        ranks = find_ranks(process_group, num_samples)
         problem = as_problem(terms, coefficients)
+        step = (*describe_step(len(problem), self.params, aggregator), f"per sample, {doing}")
+        ranks = find_ranks(process_group, num_samples, exchange, step=step)
         labels = None if names is None else tuple(names)
         if labels is not None and len(labels) != len(problem):
             raise ValueError(f"names must have one entry per objective, {len(problem)}, but got {len(labels)}.")

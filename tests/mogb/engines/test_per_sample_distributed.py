@@ -56,3 +56,34 @@ def test_two_processes_equal_one_on_the_whole_batch(wrap):
             for ours, expected in zip(found[rank][name], alone[name], strict=True):
                 assert_close(ours, expected, rtol=1e-5, atol=1e-6)
         assert torch.equal(found[0][name][1], found[1][name][1])
+
+
+def work_in_shards(rank, world, folder):
+    mine = slice(sum(SIZES[:rank]), sum(SIZES[: rank + 1]))
+    found = {how: step(model(), mine, ("mgda",), num_samples=SIZES[rank], exchange=how) for how in ("rows", "shards")}
+    net = model()
+    with PerSample(net) as engine:
+        terms = net(torch.ones(2, 4)).sum(1)
+        with pytest.raises(ValueError, match="exchange='rows'"):
+            engine.backward(terms, torch.eye(2), mogb.make("graddrop"), exchange="shards")
+    torch.save(found, folder / f"{rank}.pt")
+
+
+def test_shards_of_rows_give_the_same_direction():
+    for found in launch(2, work_in_shards):
+        for ours, expected in zip(found["shards"]["mgda"], found["rows"]["mgda"], strict=True):
+            assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def disagree(rank, world, folder):
+    net = model()
+    with PerSample(net) as engine, pytest.raises(ValueError, match="about to do different things"):
+        engine.backward(net(torch.ones(2, 4)).sum(1), torch.eye(2), mogb.make("mgda" if rank else "cagrad"))
+    balancer = mogb.Balancer(mogb.make("mgda"), net, engine="per_sample", exchange="shards" if rank else "rows")
+    with pytest.raises(ValueError, match="about to do different things"):
+        balancer.backward_terms(net(torch.ones(2, 4)).sum(1), torch.eye(2))
+    torch.save(True, folder / f"{rank}.pt")
+
+
+def test_ranks_that_differ_are_told_at_once():
+    assert launch(2, disagree) == [True, True]
