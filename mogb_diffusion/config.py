@@ -19,6 +19,7 @@ from mogb_diffusion.errors import InputError
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 Gradients = Literal["full", "slope"]
+TextEncoders = Literal["resident", "offload", "precompute"]
 T = TypeVar("T")
 
 SD3_LORA_TARGETS = (
@@ -56,6 +57,9 @@ class Model:
         max_sequence_length: Tokens of the T5 encoder; the tiny model wants 1. None: 1 for tiny, 128 otherwise.
         resolution: Side of the pictures in pixels; None is the model's own.
         gradient_checkpointing: Compute each block again in the backward pass, to save memory.
+        text_encoders: ``resident`` on the device; ``offload``: in main memory, and on the device only while the prompts
+            of an epoch are encoded; ``precompute``: as ``offload``, but all prompts of the run are encoded before
+            training, kept in main memory, and the encoders are dropped.
     """
 
     source: str = "tiny"
@@ -65,6 +69,7 @@ class Model:
     max_sequence_length: int | None = None
     resolution: int | None = None
     gradient_checkpointing: bool = False
+    text_encoders: TextEncoders = "resident"
 
     def __post_init__(self) -> None:
         _need(bool(self.source.strip()), "source", "must name a pipeline", self.source)

@@ -103,10 +103,14 @@ class Trainer:
         try:
             self._open(resume)
             self.tell(describe_batch(self.run, self.ranks.size))
+            if self.run.model.text_encoders == "precompute":
+                self.model.precompute([prompt.text for prompt in (*self.mixture.rows, *self.held_out)])
             if not self._resumed:
                 self.examine("before")
             for epoch in range(self.epoch, self.run.epochs):
                 self.train_epoch(epoch)
+            if not self.run.epochs:
+                self.save()
         finally:
             self.close()
 
@@ -127,6 +131,7 @@ class Trainer:
     def roll_out(self, plan: Epoch) -> Tensor:
         """Pictures by the old policy, handed to the rewards as they come; their clean latents ``[B, C, H, W]``."""
         mine = list(self.ranks.mine(len(plan)))
+        self.model.prepare([self.mixture.rows[row].text for row in dict.fromkeys(plan.rows)])
         size = self.run.batch.sampling_batch or self.run.batch.micro_batch
         pieces = []
         for start in range(0, len(mine), size):
@@ -236,6 +241,7 @@ class Trainer:
         """Held-out rewards and a grid of pictures, with the averaged weights where there are some."""
         scores: dict[str, Score] = {}
         if self.held_out:
+            self.model.prepare([self.held_out[n].text for n in self.ranks.mine(len(self.held_out))])
             with self.clock("evaluation"), self.averaged():
                 scores, _ = evaluate(self.model, self.examiner, self.held_out, self.run, self.ranks)
             values = {"name": name, "scores": {key: asdict(score) for key, score in scores.items()}}

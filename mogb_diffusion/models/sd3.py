@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mogb_diffusion import config, flow
 from mogb_diffusion.errors import InputError
+from mogb_diffusion.prompts import in_batches
 
 _REMEMBERED = 256  # embeddings of prompts
 DTYPES = {
@@ -54,6 +55,8 @@ class SD3Model:
             diffusers' RMSNorm, which otherwise takes its mean square in float32.
         max_sequence_length: Tokens of the T5 encoder.
         resolution: Side of the pictures; None is the transformer's own.
+        text_encoders: Where they are: ``resident`` on the device, or elsewhere until they are needed, see
+            :meth:`prepare` and :meth:`precompute`.
 
     Attributes:
         pipeline: The pipeline.
@@ -69,14 +72,18 @@ class SD3Model:
         dtype: torch.dtype = torch.float32,
         max_sequence_length: int = 128,
         resolution: int | None = None,
+        text_encoders: config.TextEncoders = "resident",
     ) -> None:
         self.pipeline = pipeline
         self.device = torch.device(device)
         self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.compute_dtype = dtype
         self.max_sequence_length = max_sequence_length
-        for part in (pipeline.transformer, pipeline.vae, *self._encoders()):
+        self.text_encoders = text_encoders
+        for part in (pipeline.transformer, pipeline.vae):
             part.requires_grad_(False).eval().to(self.device)
+        for part in self._encoders():
+            part.requires_grad_(False).eval().to(self.device if text_encoders == "resident" else "cpu")
         nn.Module.to(pipeline.vae, torch.float32)  # as in the reference: half precision shows in pictures
         nn.Module.to(pipeline.transformer, dtype)  # diffusers' own warns, whatever there is to warn of
         if dtype == torch.float64:
@@ -90,7 +97,8 @@ class SD3Model:
             raise InputError(f"model.resolution: must be a multiple of {scale * patch}, but got {resolution}.")
         self.latent_shape = (int(pipeline.transformer.config.in_channels), size, size)
         self.gradient_checkpointing = False
-        self._known: dict[str, Text] = {}
+        self._known: dict[str, Text] = {}  # as the encoders give them; in main memory if they are not resident
+        self._all_known = False
 
     @property
     def transformer(self) -> nn.Module:
@@ -98,22 +106,67 @@ class SD3Model:
         module: nn.Module = self.pipeline.transformer
         return module
 
-    @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Text:
-        """The embeddings of prompts; those of the last few hundred are remembered (1.7 MB each on the big model)."""
-        if len(self._known) > _REMEMBERED:
-            self._known.clear()
-        new = list(dict.fromkeys(text for text in texts if text not in self._known))
-        for start in range(0, len(new), 16):
-            part = new[start : start + 16]
-            tokens, _, pooled, _ = self.pipeline.encode_prompt(
-                prompt=part, prompt_2=None, prompt_3=None, device=self.device, do_classifier_free_guidance=False,
-                max_sequence_length=self.max_sequence_length,
-            )  # fmt: skip
-            for row, text in enumerate(part):
-                self._known[text] = Text(tokens[row : row + 1].to(self.dtype), pooled[row : row + 1].to(self.dtype))
+        """The embeddings of prompts; those of the last few hundred are remembered (1.7 MB each on the big model).
+
+        Raises:
+            InputError: A prompt that was not there when all were encoded and the encoders dropped.
+        """
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if new and self._all_known:
+            raise InputError(
+                f"model.text_encoders: precompute has no embedding of {new[0]!r}, which is no prompt of the run: set "
+                "it to offload."
+            )
+        if new and len(self._known) > _REMEMBERED:
+            self._known = {text: known for text, known in self._known.items() if text in texts}
+        self._learn(new)
         found = [self._known[text] for text in texts]
-        return Text(torch.cat([text.tokens for text in found]), torch.cat([text.pooled for text in found]))
+        return Text(
+            torch.cat([text.tokens for text in found]).to(self.device, self.dtype),
+            torch.cat([text.pooled for text in found]).to(self.device, self.dtype),
+        )
+
+    def prepare(self, texts: Sequence[str]) -> None:
+        """Encodes prompts that are needed soon, all at once, so that encoders that are elsewhere come only once."""
+        if self.text_encoders != "resident" and not self._all_known:
+            self.encode(texts)
+
+    def precompute(self, texts: Sequence[str]) -> None:
+        """Encodes all prompts that will ever be asked for, the empty one too, and drops the encoders."""
+        self._learn([text for text in dict.fromkeys(("", *texts)) if text not in self._known])
+        for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+            if getattr(self.pipeline, name, None) is not None:
+                setattr(self.pipeline, name, None)
+        self._all_known = True
+
+    @torch.no_grad()
+    def _learn(self, texts: Sequence[str]) -> None:
+        """Encodes prompts that are not known yet, sixteen at a time."""
+        if not texts:
+            return
+        is_away = self.text_encoders != "resident"
+        keep = torch.device("cpu") if is_away else self.device
+        with self._encoders_here() if is_away else contextlib.nullcontext():
+            for part in in_batches(texts, 16):
+                tokens, _, pooled, _ = self.pipeline.encode_prompt(
+                    prompt=list(part), prompt_2=None, prompt_3=None, device=self.device,
+                    do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length,
+                )  # fmt: skip
+                for row, text in enumerate(part):
+                    own = (values[row : row + 1].to(keep, copy=True) for values in (tokens, pooled))
+                    self._known[text] = Text(*own)
+
+    @contextlib.contextmanager
+    def _encoders_here(self) -> Iterator[None]:
+        """Within the block the text encoders are on the device."""
+        try:
+            for part in self._encoders():
+                part.to(self.device)
+            yield
+        finally:
+            for part in self._encoders():
+                part.to("cpu")
 
     def velocity(self, latents: Tensor, time: Float[Tensor, " B"] | float, text: Text) -> Tensor:
         """The velocity at a time in [0, 1], ``[B, C, H, W]`` in :attr:`dtype`, with gradient where that is enabled."""
@@ -169,7 +222,10 @@ def load_model(choice: config.Model, device: torch.device) -> SD3Model:
     length = choice.max_sequence_length
     if length is None:
         length = 1 if is_tiny or getattr(pipeline, "text_encoder_3", None) is None else 128
-    return SD3Model(pipeline, device=device, dtype=dtype, max_sequence_length=length, resolution=choice.resolution)
+    return SD3Model(
+        pipeline, device=device, dtype=dtype, max_sequence_length=length, resolution=choice.resolution,
+        text_encoders=choice.text_encoders,
+    )  # fmt: skip
 
 
 def find_device(name: str, local_rank: int = 0) -> torch.device:

@@ -151,7 +151,7 @@ def test_a_checkpoint_loads_in_diffusers_at_full_strength(tmp_path, ema):
         )
     from mogb_diffusion.seeds import keyed_noise
 
-    noise = keyed_noise((3, 16, 16), [(0, "evaluation", n) for n in range(len(texts))])
+    noise = keyed_noise((3, 16, 16), [(0, "evaluation", text, texts[:n].count(text)) for n, text in enumerate(texts)])
     pipeline = tiny.build(0)
     how = {"num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "pt", "max_sequence_length": 1}
     base = pipeline(texts, latents=noise.clone(), **how).images
@@ -257,3 +257,26 @@ def test_evaluation_uses_the_same_noise_every_time(tmp_path):
     assert scores[0] == scores[1]
     assert json.dumps(scores[0])
     assert trainer.epoch == 1
+
+
+@pytest.mark.parametrize("where", ["offload", "precompute"])
+def test_where_the_text_encoders_are_changes_nothing(tmp_path, where):
+    plain = train(tmp_path / "plain", epochs=1)
+    other = train(tmp_path / "other", f"model.text_encoders={where}", epochs=1)
+    for mine, theirs in zip(plain.policy.parameters, other.policy.parameters, strict=True):
+        torch.testing.assert_close(theirs, mine, rtol=0, atol=1e-5)
+    kinds = [row["kind"] for row in metrics(tmp_path / "plain")]
+    assert [row["kind"] for row in metrics(tmp_path / "other")] == kinds
+    assert (list(other.model._encoders()) == []) == (where == "precompute")
+    assert len(other.model._known) > 0
+
+
+def test_no_epochs_measure_the_model_as_it_is(tmp_path):
+    trainer = train(tmp_path, epochs=0)
+    assert [row["kind"] for row in metrics(tmp_path)] == ["evaluation"]
+    assert metrics(tmp_path)[0]["name"] == "before"
+    assert (tmp_path / "latest").read_text().strip() == "checkpoint-000000"
+    assert all(torch.equal(a, b) for a, b in zip(trainer.policy.parameters, trainer.policy.old_parameters, strict=True))
+    again = train(tmp_path, epochs=0, resume=True)
+    assert again.step == 0
+    assert len(metrics(tmp_path)) == 1

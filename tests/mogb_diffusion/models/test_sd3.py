@@ -66,9 +66,67 @@ def test_prompts_are_encoded_once_and_not_remembered_for_ever():
     assert calls == TEXTS
     assert torch.equal(first.tokens[2:], again.tokens)
     model.encode([f"a {number}" for number in range(300)])
-    model.encode([TEXTS[1]])
-    assert calls[-1] == TEXTS[1]
-    assert len(model._known) == 1
+    model.encode([TEXTS[1]])  # nothing is forgotten before there is something new
+    assert calls[-1] == "a 299"
+    model.encode([TEXTS[1], "b"])
+    assert calls[-1] == "b"
+    assert set(model._known) == {TEXTS[1], "b"}
+
+
+def devices(model):
+    return {param.device.type for part in model._encoders() for param in part.parameters()}
+
+
+class TestTextEncoders:
+    @pytest.mark.parametrize("where", ["resident", "offload", "precompute"])
+    def test_the_embeddings_are_the_same(self, where):
+        model = SD3Model(tiny.build(0), max_sequence_length=1, text_encoders=where)
+        plain = SD3Model(tiny.build(0), max_sequence_length=1)
+        model.prepare([TEXTS[1], TEXTS[0]])
+        if where == "precompute":
+            model.precompute(TEXTS)
+        found, wanted = model.encode([*TEXTS, TEXTS[0]]), plain.encode([*TEXTS, TEXTS[0]])
+        assert_close(found.tokens, wanted.tokens, rtol=0, atol=1e-6)
+        assert_close(found.pooled, wanted.pooled, rtol=0, atol=1e-6)
+
+    def test_they_come_once_for_all_prompts_that_are_prepared(self):
+        model = SD3Model(tiny.build(0), max_sequence_length=1, text_encoders="offload")
+        visits = []
+        move = model._encoders_here
+        model._encoders_here = lambda: visits.append(True) or move()
+        model.prepare([f"a {number}" for number in range(40)])
+        for number in range(40):
+            model.encode([f"a {number}"])
+        assert len(visits) == 1
+        model.encode(["b"])
+        assert len(visits) == 2
+
+    @pytest.mark.parametrize(("where", "expected"), [("resident", {"meta"}), ("offload", {"cpu"})])
+    def test_they_are_on_the_device_only_if_resident(self, where, expected):
+        pipeline = tiny.build(0)
+        pipeline.transformer.to("meta")
+        pipeline.vae.to("meta")
+        model = SD3Model(pipeline, device="meta", max_sequence_length=1, text_encoders=where)
+        assert devices(model) == expected
+
+    def test_they_go_back_whatever_happens(self):
+        model = SD3Model(tiny.build(0), max_sequence_length=1, text_encoders="offload")
+        moves = []
+        for part in model._encoders():
+            part.to = lambda where, part=part: moves.append(str(where))
+        model.pipeline.encode_prompt = lambda **kwargs: 1 / 0
+        with pytest.raises(ZeroDivisionError):
+            model.encode(TEXTS)
+        assert moves == ["cpu", "cpu", "cpu", "cpu"]  # two encoders, there and back
+
+    def test_precompute_drops_them_and_refuses_other_prompts(self):
+        model = SD3Model(tiny.build(0), max_sequence_length=1, text_encoders="precompute")
+        model.precompute(TEXTS)
+        assert list(model._encoders()) == []
+        assert len(model.encode(["", *TEXTS])) == 3
+        model.prepare(["a third"])
+        with pytest.raises(InputError, match=r"model.text_encoders: precompute has no embedding of 'a third'"):
+            model.encode(["a third"])
 
 
 def test_a_saved_pipeline_without_t5_loads_by_its_folder(tmp_path):
