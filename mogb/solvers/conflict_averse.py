@@ -32,8 +32,6 @@ TOLERANCE = 1e-11
 LEVEL = 1e-10
 # Guesses of tau before the search starts.
 ROUNDS = 4
-# Up to this many gradients, the support of all of them is tried first: it is often right, and cheap to try.
-FEW = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,10 +138,6 @@ def _scaled(
 
 def _solve(problem: _Problem, max_steps: int, has_zero: bool) -> Float64[np.ndarray, " K"] | None:
     """The solution, or None where the point 0 of the hull is optimal."""
-    if not has_zero and len(problem.relative) <= FEW and max_steps > 0:
-        everything = _interior(problem)
-        if everything is not None:
-            return everything
     point, _ = _search(problem, _start(problem), max_steps)
     if not has_zero and not _is_zero(problem, point):
         return point
@@ -154,13 +148,6 @@ def _solve(problem: _Problem, max_steps: int, has_zero: bool) -> Float64[np.ndar
         return None
     point, _ = _search(problem, away / problem.relative.dot(away), max_steps)
     return point
-
-
-def _interior(problem: _Problem) -> Float64[np.ndarray, " K"] | None:
-    """The minimum over the affine hull of all gradients, if it lies inside of their convex hull: then it is optimal."""
-    size = len(problem.relative)
-    point, is_minimum = _toward_minimum(problem, np.arange(size), np.zeros(size))
-    return point if is_minimum and point.min() > 0 and not _is_zero(problem, point) else None
 
 
 def _start(problem: _Problem) -> Float64[np.ndarray, " K"]:
