@@ -23,6 +23,7 @@ BUILT_IN = {
     "aesthetic": "mogb_diffusion.rewards.aesthetic:Aesthetic",
     "imagereward": "mogb_diffusion.rewards.imagereward:ImageReward",
     "unifiedreward": "mogb_diffusion.rewards.unifiedreward:UnifiedReward",
+    "remote": "mogb_diffusion.rewards.remote:Remote",
     "geneval": "mogb_diffusion.rewards.detection:GenEval",
     "ocr": "mogb_diffusion.rewards.ocr:Ocr",
     "world_preference": "mogb_diffusion.rewards.world:Preference",
