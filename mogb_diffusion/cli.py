@@ -30,18 +30,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     _quieten()
     try:
-        return command(options.name).run(options)
+        return command(options.command).run(options)
     except InputError as error:
-        return _say(f"{PROGRAM} {options.name}: {error}", 2)
+        return _say(f"{PROGRAM} {options.command}: {error}", 2)
     except (RewardFailure, CheckpointError) as error:
-        return _say(f"{PROGRAM} {options.name}: {error}", 1)
+        return _say(f"{PROGRAM} {options.command}: {error}", 1)
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        return _say(f"{PROGRAM} {options.name}: {error}", 1)
+        return _say(f"{PROGRAM} {options.command}: {error}", 1)
     except KeyboardInterrupt:
-        return _say(f"{PROGRAM} {options.name}: interrupted. The last checkpoint is kept: add --resume to go on.", 130)
+        return _say(
+            f"{PROGRAM} {options.command}: interrupted. The last checkpoint is kept: add --resume to go on.", 130
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
             epilog=f"examples:\n{textwrap.indent(module.EXAMPLE.strip(), '  ')}\n",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
-        sub.set_defaults(name=name)
+        sub.set_defaults(command=name)
         module.arguments(sub)
     return parser
 

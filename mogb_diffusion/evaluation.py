@@ -1,20 +1,32 @@
-"""Held-out prompts with the same noise every time: a table of rewards, and pictures to look at."""
+"""Held-out prompts with the same noise every time: a table of rewards, and pictures to look at.
+
+The noise of a picture belongs to its prompt: to the text, and to how often the text came before. It is the same in any
+order of the prompts, in any part of them, on any number of ranks, for every model of one shape.
+
+Shapes: K = rewards, B = pictures, C = categories.
+"""
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from mogb_diffusion import config
 from mogb_diffusion.config import Run, Sampling
 from mogb_diffusion.distributed import Ranks
 from mogb_diffusion.models.sd3 import SD3Model
 from mogb_diffusion.prompts import Prompt
 from mogb_diffusion.rollouts import draw
 from mogb_diffusion.scoring import Scorer
-from mogb_diffusion.seeds import keyed_noise
+from mogb_diffusion.seeds import Key, keyed_noise
+
+FAILURES = ("errors", "timeouts", "nan", "inf")  # of the counts of a scorer: what costs a picture its number
+_WAITING = 256  # pictures that wait for their rewards at most, so that a long list of prompts does not fill the memory
 
 
 @dataclass(frozen=True)
@@ -32,6 +44,21 @@ class Score:
     count: int
 
 
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What rewards said about pictures.
+
+    Attributes:
+        rewards: ``[K, B]``; NaN where a reward does not apply, or failed.
+        failures: How many calls or pictures failed, by reward and kind; empty where none did.
+        messages: Of the rewards that failed.
+    """
+
+    rewards: Float64[Tensor, "K B"]
+    failures: dict[str, dict[str, int]]
+    messages: tuple[str, ...]
+
+
 def evaluation_sampling(run: Run) -> Sampling:
     """How evaluation pictures are drawn: as rollouts, except for what the configuration says."""
     wanted = {
@@ -40,35 +67,107 @@ def evaluation_sampling(run: Run) -> Sampling:
     return replace(run.sampling, **wanted)
 
 
+def evaluation_keys(prompts: Sequence[Prompt], seed: int) -> list[Key]:
+    """What the noise of every picture depends on: the seed, the prompt, and how often that came before.
+
+    Examples:
+        >>> evaluation_keys([Prompt("a"), Prompt("b"), Prompt("a")], 0)
+        [(0, 'evaluation', 'a', 0), (0, 'evaluation', 'b', 0), (0, 'evaluation', 'a', 1)]
+    """
+    before: Counter[str] = Counter()
+    keys: list[Key] = []
+    for prompt in prompts:
+        keys.append((seed, "evaluation", prompt.text, before[prompt.text]))
+        before[prompt.text] += 1
+    return keys
+
+
 @torch.no_grad()
 def draw_pictures(
-    model: SD3Model, prompts: Sequence[Prompt], how: Sampling, seed: int, *, batch: int = 32, first: int = 0
+    model: SD3Model,
+    prompts: Sequence[Prompt],
+    how: Sampling,
+    seed: int,
+    *,
+    batch: int = 32,
+    keys: Sequence[Key] | None = None,
 ) -> Float64[Tensor, "B 3 h w"] | Tensor:
-    """Pictures of prompts; picture n has the noise of ``first + n``."""
+    """Pictures of prompts by the policy that is active, on the CPU.
+
+    Args:
+        model: What draws.
+        prompts: Of each picture.
+        how: Steps, solver, guidance.
+        seed: Of the noise.
+        batch: Pictures at once.
+        keys: Of the noise of each picture; None takes those of :func:`evaluation_keys`.
+    """
+    keys = evaluation_keys(prompts, seed) if keys is None else keys
     images = []
     for start in range(0, len(prompts), batch):
-        part = prompts[start : start + batch]
-        keys: list[tuple[int | str, ...]] = [(seed, "evaluation", first + start + n) for n in range(len(part))]
-        images.append(model.decode(draw(model, part, keyed_noise(model.latent_shape, keys, model.dtype), how)).cpu())
+        noise = keyed_noise(model.latent_shape, list(keys[start : start + batch]), model.dtype)
+        images.append(model.decode(draw(model, prompts[start : start + batch], noise, how)).cpu())
     return torch.cat(images)
+
+
+def measure(scorer: Scorer, batches: Iterable[tuple[Tensor, Sequence[Prompt]]]) -> Measured:
+    """Scores pictures batch by batch, while the next ones are drawn or read."""
+    parts: list[Tensor] = []
+    counts = {name: Counter[str]() for name in scorer.rewards}
+    messages: list[str] = []
+
+    def collect() -> None:
+        parts.append(scorer.collect())
+        messages.extend(scorer.messages)
+        for name, found in scorer.counts.items():
+            counts[name].update({kind: found[kind] for kind in FAILURES if found[kind]})
+
+    waiting = 0
+    for images, prompts in batches:
+        scorer.submit(images, prompts)
+        waiting += len(prompts)
+        if waiting >= _WAITING:
+            collect()
+            waiting = 0
+    collect()
+    failures = {name: dict(found) for name, found in counts.items() if found}
+    return Measured(torch.cat(parts, dim=1), failures, tuple(messages))
+
+
+def examine(
+    model: SD3Model, scorer: Scorer, prompts: Sequence[Prompt], how: Sampling, seed: int, batch: int, ranks: Ranks
+) -> Measured:
+    """Draws every prompt once, on one rank or another, and scores it; the same result on every rank."""
+    keys, mine = evaluation_keys(prompts, seed), ranks.mine(len(prompts))
+
+    def drawn() -> Iterable[tuple[Tensor, Sequence[Prompt]]]:
+        for start in range(mine.start, mine.stop, batch):
+            piece = slice(start, min(start + batch, mine.stop))
+            yield draw_pictures(model, prompts[piece], how, seed, batch=batch, keys=keys[piece]), prompts[piece]
+
+    part = measure(scorer, drawn())
+    rewards = ranks.gather(part.rewards.mT.contiguous(), len(prompts)).mT
+    table = torch.tensor(
+        [[part.failures.get(name, {}).get(kind, 0) for kind in FAILURES] for name in scorer.rewards],
+        dtype=torch.float64,
+    )
+    failures: dict[str, dict[str, int]] = {}
+    for name, row in zip(scorer.rewards, ranks.sum(table).tolist(), strict=True):
+        if any(row):
+            failures[name] = {kind: int(count) for kind, count in zip(FAILURES, row, strict=True) if count}
+    return Measured(rewards, failures, part.messages)
 
 
 def evaluate(
     model: SD3Model, scorer: Scorer, prompts: Sequence[Prompt], run: Run, ranks: Ranks
 ) -> tuple[dict[str, Score], Float64[Tensor, "K B"]]:
-    """Draws pictures with the policy that is active, and scores them.
+    """Draws pictures with the policy that is active, and scores them, as a configuration says.
 
     Returns:
         The score of each reward, and all rewards ``[K, B]``; the same on every rank.
     """
-    mine = ranks.mine(len(prompts))
     how = evaluation_sampling(run)
-    part = [prompts[n] for n in mine]
-    for start in range(0, len(part), run.evaluation.batch):
-        piece = part[start : start + run.evaluation.batch]
-        first = mine.start + start
-        scorer.submit(draw_pictures(model, piece, how, run.seed, batch=len(piece), first=first), piece)
-    rewards = ranks.gather(scorer.collect().mT.contiguous(), len(prompts)).mT
+    rewards = examine(model, scorer, prompts, how, run.seed, run.evaluation.batch, ranks).rewards
     return {name: summarized(row) for name, row in zip(scorer.rewards, rewards, strict=True)}, rewards
 
 
@@ -79,3 +178,52 @@ def summarized(row: Float64[Tensor, " B"]) -> Score:
         return Score(math.nan, math.nan, 0)
     spread = float(values.std()) if len(values) > 1 else math.nan
     return Score(float(values.mean()), spread / math.sqrt(len(values)), len(values))
+
+
+def by_category(row: Float64[Tensor, " B"], prompts: Sequence[Prompt]) -> dict[str, Score]:
+    """The score of every category of GenEval (``tag`` in a prompt's metadata), in the order in which they come."""
+    tags = [str(prompt.metadata.get("tag", "")) for prompt in prompts]
+    found = {}
+    for tag in dict.fromkeys(tag for tag in tags if tag):
+        score = summarized(row[torch.tensor([other == tag for other in tags])])
+        if score.count:
+            found[tag] = score
+    return found
+
+
+def category_mean(categories: Iterable[Score]) -> Score:
+    r"""GenEval's overall score: the mean of the C categories' means, however many pictures each has.
+
+    Its standard error is :math:`\frac{1}{C} \sqrt{\sum_c s_c^2}`, of the categories' standard errors. The benchmark's
+    own summary averages in the same way (Ghosh et al. 2023, arXiv 2310.11513, ``summary_scores.py``).
+    """
+    scores = list(categories)
+    mean = math.fsum(score.mean for score in scores) / len(scores)
+    error = math.sqrt(math.fsum(score.error**2 for score in scores)) / len(scores)
+    return Score(mean, error, sum(score.count for score in scores))
+
+
+def is_by_category(spec: config.Reward, reward: Any) -> bool:
+    """Whether a reward's score is the mean over GenEval's categories: GenEval's, and that of rewards that say so."""
+    return bool(getattr(reward, "per_category", "geneval" in (spec.name, spec.key)))
+
+
+def scores_of(
+    measured: Measured, specs: Sequence[config.Reward], scorer: Scorer, prompts: Sequence[Prompt]
+) -> dict[str, dict[str, Any]]:
+    """Plain numbers by reward: mean, error, count, and for GenEval the categories."""
+    found: dict[str, dict[str, Any]] = {}
+    for spec, row in zip(specs, measured.rewards, strict=True):
+        score, categories = summarized(row), {}
+        if is_by_category(spec, scorer.rewards[spec.key]):
+            categories = by_category(row, prompts)
+            score = category_mean(categories.values()) if categories else score
+        found[spec.key] = _plain(score)
+        if categories:
+            found[spec.key]["categories"] = {tag: _plain(part) for tag, part in categories.items()}
+    return found
+
+
+def _plain(score: Score) -> dict[str, Any]:
+    numbers = {"mean": score.mean, "error": score.error}
+    return {name: value if math.isfinite(value) else None for name, value in numbers.items()} | {"count": score.count}

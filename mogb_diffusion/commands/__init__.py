@@ -15,7 +15,7 @@ import argparse
 import importlib
 from typing import Protocol, cast
 
-NAMES = ("train", "evaluate", "sample", "export", "report", "recipes", "doctor", "prompts", "serve-reward")
+NAMES = ("train", "evaluate", "sample", "score", "export", "report", "recipes", "doctor", "prompts", "serve-reward")
 
 
 class Command(Protocol):

@@ -1,50 +1,203 @@
 """``mogb-diffusion evaluate``."""
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mogb_diffusion.commands._shared import loaded, positive, run_arguments
-from mogb_diffusion.errors import InputError
+from mogb_diffusion.commands._shared import (
+    benchmark_rule,
+    chosen_rewards,
+    find,
+    positive,
+    reward_arguments,
+    source_arguments,
+    tell,
+    write_json,
+    write_text,
+)
+from mogb_diffusion.errors import InputError, RewardFailure
 
-SUMMARY = "held-out rewards of a trained run and of the base model"
-EXAMPLE = "mogb-diffusion evaluate runs/tiny --images 240"
+if TYPE_CHECKING:
+    from mogb_diffusion.config import Run
+    from mogb_diffusion.distributed import Ranks
+    from mogb_diffusion.prompts import Prompt
+    from mogb_diffusion.results import Record
+    from mogb_diffusion.trained import Source
+
+SUMMARY = "rewards of runs, LoRAs and base models on held-out prompts"
+EXAMPLE = """
+mogb-diffusion evaluate runs/tiny --images 240
+mogb-diffusion evaluate runs/tiny --metrics alignment,world_composition --prompts test.jsonl
+mogb-diffusion evaluate runs/a runs/b lora --markdown table.md     several at once: with composite z-scores
+mogb-diffusion evaluate sd35_marble --set evaluation.guidance=4.5 --name 'base with guidance'
+torchrun --nproc_per_node 8 -m mogb_diffusion evaluate runs/sd35_marble --metrics geneval --prompts test_metadata.jsonl
+"""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    """Which run, and on what."""
-    run_arguments(parser)
-    parser.add_argument("--images", metavar="N", type=positive, help="default: that of the configuration")
-    parser.add_argument("--prompts", metavar="FILE", help="other prompts than the held-out ones")
+    """What, on which prompts, by which rewards."""
+    parser.add_argument(
+        "targets", metavar="RUN|LORA|RECIPE", nargs="+",
+        help="a folder of a run, a checkpoint in one, an exported LoRA, or a recipe for its base model",
+    )  # fmt: skip
+    source_arguments(parser)
+    parser.add_argument("--name", metavar="TEXT", help="in tables, of a single one; default: that of its folder")
+    parser.add_argument(
+        "--metrics", metavar="A,B", help="rewards, trained on or not; default: all of the configuration"
+    )
+    reward_arguments(parser)
+    parser.add_argument(
+        "--prompts", metavar="FILE", action="append", help="instead of the configuration's; may be repeated"
+    )
+    parser.add_argument(
+        "--images", metavar="N", type=positive,
+        help="the prompts in turn until there are so many; default: every prompt of --prompts once, or as configured",
+    )  # fmt: skip
+    parser.add_argument("--seed", metavar="N", type=int, help="of the noise; default: that of the configuration")
+    parser.add_argument(
+        "--base", action=argparse.BooleanOptionalAction, default=True, help="also the base model; default: yes"
+    )
+    for kind, where in (("json", "evaluation.json"), ("csv", "evaluation.csv"), ("markdown", "evaluation.md")):
+        parser.add_argument(f"--{kind}", metavar="FILE", help=f"default, of a single one: {where} in its folder")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Draws, scores, prints a table and writes ``evaluation.json``."""
+    """Draws, scores, prints tables and writes them."""
+    from mogb_diffusion.distributed import start_ranks, stop_ranks
+
+    sources = [find(options, target, recipes=True) for target in options.targets]
+    if options.name and len(sources) > 1:
+        raise InputError("--name is for a single one.")
+    _check_names(sources)
+    ranks = start_ranks(sources[0].run.model.device)
+    try:
+        records: list[Record] = []
+        bases: dict[str, dict[str, Any]] = {}
+        for source in sources:
+            record = _evaluated(source, options, ranks, bases)
+            records.append(record)
+            if ranks.first:
+                _write(record, source, options, single=len(sources) == 1)
+        if ranks.first and len(records) > 1:
+            _write_table(records, options)
+    finally:
+        stop_ranks()
+    counted = [(reward, counts) for record in records for reward, counts in record["failures"].items()]
+    failed = sorted({reward for reward, counts in counted if counts.keys() & {"errors", "timeouts"}})
+    if failed:
+        raise RewardFailure(f"{', '.join(failed)} failed on some pictures, which are in no mean: see above.")
+    return 0
+
+
+def _check_names(sources: "list[Source]") -> None:
+    names = [source.name for source in sources]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(
+            f"Two of them are called {twice[0]!r}: evaluate them one by one with --name, then compare with report."
+        )
+
+
+def _evaluated(
+    source: "Source", options: argparse.Namespace, ranks: "Ranks", bases: dict[str, dict[str, Any]]
+) -> "Record":
+    """The record of one model, the same on every rank; scores of base models are kept in ``bases``."""
     from dataclasses import asdict
 
+    from mogb_diffusion.evaluation import evaluation_sampling, examine, scores_of
+    from mogb_diffusion.results import versions
+    from mogb_diffusion.scoring import make_scorer
+
+    prompts, where = _prompts(source, options)
+    seed = source.run.seed if options.seed is None else options.seed
+    how = evaluation_sampling(source.run)
+    known = (*source.run.rewards, *source.run.evaluation.rewards)
+    specs = tuple(
+        benchmark_rule(spec, options.option) for spec in chosen_rewards(options.metrics, known, options.option)
+    )
+    trained = source.load(ranks.local, tell if ranks.first else lambda message: None)
+    record: Record = {
+        "name": options.name or source.name, "model": source.run.model.source, "epoch": trained.epoch,
+        "step": trained.step, "prompts": where, "pictures": len(prompts), "seed": seed, "sampling": asdict(how),
+        "trained_on": list(source.run.reward_names) if trained.changed else [], "failures": {}, "versions": versions(),
+    }  # fmt: skip
+    key = _base_key(source.run, record)
+    if options.base and key in bases:
+        record["base"] = bases[key]
+    needed = (("base", trained.base), ("trained", trained.weights))
+    wanted = {"trained"} if trained.changed else {"base"}
+    wanted |= {"base"} if options.base and key not in bases else set()
+    scorer = make_scorer(specs, source.run.scoring, trained.model.device)
+    try:
+        for which, active in needed:
+            if which not in wanted:
+                continue
+            with active():
+                found = examine(trained.model, scorer, prompts, how, seed, source.run.evaluation.batch, ranks)
+            record[which] = scores_of(found, specs, scorer, prompts)
+            for message in dict.fromkeys(found.messages):
+                tell(message)
+            for reward, counts in found.failures.items():
+                total = record["failures"].setdefault(reward, {})
+                for kind, count in counts.items():
+                    total[kind] = total.get(kind, 0) + count
+    finally:
+        scorer.close()
+    if "base" in record:
+        bases[key] = record["base"]
+    return record
+
+
+def _base_key(run: "Run", record: "Record") -> str:
+    """Equal for records whose base model draws and scores the same pictures."""
+    from mogb_diffusion.config import to_plain
+
+    same = {name: record[name] for name in ("prompts", "pictures", "seed", "sampling")}
+    sources = to_plain(run.evaluation.prompts) if record["prompts"] == "held-out prompts" else None
+    return repr((to_plain(run.model), same, sources, to_plain((*run.rewards, *run.evaluation.rewards))))
+
+
+def _prompts(source: "Source", options: argparse.Namespace) -> "tuple[list[Prompt], str]":
+    """The prompts, and what to call them."""
     from mogb_diffusion.datasets import evaluation_prompts, interleaved
-    from mogb_diffusion.evaluation import evaluate
     from mogb_diffusion.prompts import read_prompts
 
-    trainer = loaded(options)
-    count = options.images or trainer.run.evaluation.images
     if options.prompts:
-        prompts = interleaved([read_prompts(options.prompts)], count)
-    elif not (prompts := evaluation_prompts(trainer.run, count)):
-        raise InputError(f"{options.folder} has no held-out prompts: name some with --prompts.")
-    results: dict[str, Any] = {}
-    with trainer.policy.reference():
-        results["base"], _ = evaluate(trainer.model, trainer.examiner, prompts, trainer.run, trainer.ranks)
-    with trainer.averaged():
-        results["trained"], _ = evaluate(trainer.model, trainer.examiner, prompts, trainer.run, trainer.ranks)
-    trainer.close()
-    print(f"{len(prompts)} pictures\n{'reward':24}{'base':>18}{'trained':>18}{'change':>10}")
-    for name, before in results["base"].items():
-        after = results["trained"][name]
-        columns = [f"{score.mean:.3f} ± {score.error:.3f}" for score in (before, after)]
-        print(f"{name:24}{columns[0]:>18}{columns[1]:>18}{after.mean - before.mean:>+10.3f}")
-    written = {which: {name: asdict(score) for name, score in scores.items()} for which, scores in results.items()}
-    path = Path(options.folder) / "evaluation.json"
-    path.write_text(json.dumps({"pictures": len(prompts), "epoch": trainer.epoch} | written, indent=2) + "\n")
-    return 0
+        parts = [read_prompts(path) for path in options.prompts]
+        whole = [prompt for part in parts for prompt in part]
+        return interleaved(parts, options.images) if options.images else whole, ", ".join(options.prompts)
+    prompts = evaluation_prompts(source.run, options.images or source.run.evaluation.images)
+    if not prompts:
+        raise InputError(f"{source.name} has no held-out prompts: name some with --prompts.")
+    return prompts, "held-out prompts"
+
+
+def _write(record: "Record", source: "Source", options: argparse.Namespace, *, single: bool) -> None:
+    from mogb_diffusion.results import EVALUATION, as_csv, as_markdown, as_text
+
+    print(f"{record['name']}: {as_text(record)}", flush=True)
+    files = {}
+    for kind, ending in (("json", "json"), ("csv", "csv"), ("markdown", "md")):
+        if single and getattr(options, kind):
+            files[kind] = Path(getattr(options, kind))
+        elif source.folder is not None:
+            files[kind] = source.folder / f"{EVALUATION}.{ending}"
+    if "json" in files:
+        write_json(files["json"], record)
+    if "csv" in files:
+        write_text(files["csv"], as_csv([record]))
+    if "markdown" in files:
+        write_text(files["markdown"], as_markdown(record))
+
+
+def _write_table(records: "list[Record]", options: argparse.Namespace) -> None:
+    from mogb_diffusion.comparison import as_csv, as_markdown, as_text, compare
+    from mogb_diffusion.results import rows_of
+
+    table = compare(rows_of(records))
+    print(as_text(table))
+    if options.json:
+        write_json(Path(options.json), {"runs": records, "z": table.z, "composite": table.composite})
+    if options.csv:
+        write_text(Path(options.csv), as_csv(table))
+    if options.markdown:
+        write_text(Path(options.markdown), as_markdown(table))

@@ -44,6 +44,7 @@ def test_bad_configurations_are_one_line_and_status_2(assignment, tmp_path, caps
         (["train", "tiny_smoke", "--set", "prompts=[{path: none.txt}]"], "cannot be read"),
         (["evaluate", "/nowhere"], "is no folder of a run"),
         (["sample", "/nowhere", "--prompt", "x"], "is no folder of a run"),
+        (["sample", "tiny"], "name a prompt with --prompt TEXT"),
         (["report", "/nowhere"], "is no folder of a run"),
         (["recipes", "nothing"], "There is no recipe"),
         (["prompts", "/nowhere.txt"], "cannot be read"),
@@ -58,7 +59,7 @@ def test_bad_input_is_one_line_and_status_2(arguments, words, capsys, tmp_path, 
     assert told.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["train"], ["train", "tiny", "--sets", "x"], ["sample", "x"]])
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["train"], ["train", "tiny", "--sets", "x"], ["sample"]])
 def test_bad_arguments_are_one_line_and_status_2(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
@@ -81,7 +82,7 @@ def test_train_evaluate_sample_export_and_report(run_folder, tmp_path, capsys):
     assert main(["evaluate", str(run_folder), "--images", "4"]) == 0
     assert "preference" in capsys.readouterr().out
     found = json.loads((run_folder / "evaluation.json").read_text())
-    assert set(found) == {"pictures", "epoch", "base", "trained"}
+    assert (found["pictures"], found["epoch"], found["step"], found["name"]) == (4, 2, 4, "small")
     assert found["base"]["alignment"]["count"] == 4
     picture = tmp_path / "squares.png"
     assert (
