@@ -90,9 +90,8 @@ def test_a_colour_is_that_of_the_object_and_not_of_what_is_around_it():
     assert set(RGB) <= set(COLORS)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("mask2former")
+def save_tiny(path):
+    """A Mask2Former with random weights, as the hub holds it."""
     torch.manual_seed(0)
     swin = transformers.SwinConfig(
         image_size=32, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4,
@@ -103,6 +102,12 @@ def folder(tmp_path_factory):
         encoder_layers=1, decoder_layers=2, num_attention_heads=2, dim_feedforward=16, encoder_feedforward_dim=16,
     )  # fmt: skip
     transformers.Mask2FormerForUniversalSegmentation(config).save_pretrained(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("mask2former")
+    save_tiny(path)
     return str(path)
 
 
