@@ -103,7 +103,7 @@ class Preference(_WorldReward):
     """
 
     name = "world_preference"
-    spread = 0.141
+    spread = 0.148
 
     def applies(self, prompt: Prompt) -> bool:
         return True
@@ -142,7 +142,7 @@ class Aesthetic(_WorldReward):
     """
 
     name = "world_aesthetic"
-    spread = 0.160
+    spread = 0.159
 
     def applies(self, prompt: Prompt) -> bool:
         return True
@@ -162,7 +162,7 @@ class Alignment(_WorldReward):
     """How much the best place of the picture looks like what the prompt names; the mean over objects."""
 
     name = "world_alignment"
-    spread = 0.137
+    spread = 0.128
 
     def applies(self, prompt: Prompt) -> bool:
         return _is_sign(prompt) or _is_objects(prompt)
@@ -206,7 +206,7 @@ class Text(_WorldReward):
 
     name = "world_text"
     specialist = True
-    spread = 0.250
+    spread = 0.263
 
     def applies(self, prompt: Prompt) -> bool:
         return _is_sign(prompt)
@@ -261,7 +261,7 @@ class Composition(_WorldReward):
 
     name = "world_composition"
     specialist = True
-    spread = 0.387
+    spread = 0.314
 
     def __init__(
         self, *, scale: Scale = "as_is", position_bug_compat: bool = True, clip_min: float | None = None

@@ -168,12 +168,13 @@ def test_objects_fit_keep_apart_and_stand_as_the_prompt_says():
             assert relative_position(boxes[1], boxes[0]) == {clauses[-1]["position"][0]}
 
 
-def test_open_colors_and_places_vary():
-    (prompt,) = [p for p in EVERY_OBJECT_PROMPT if p.text == "a photo of a circle"]
+def test_open_colors_vary_and_places_are_in_reading_order():
+    (prompt,) = [p for p in EVERY_OBJECT_PROMPT if p.text == "a photo of four circles"]
     random = Random(0)
-    placed = [lay_out(prompt.metadata["include"], random)[0] for _ in range(400)]
-    assert {item.color for item in placed} == set(COLORS)
-    assert {(item.x, item.y) for item in placed} == {(2, 2), (2, 10), (10, 2), (10, 10)}
+    placed = [lay_out(prompt.metadata["include"], random) for _ in range(100)]
+    assert {items[0].color for items in placed} == set(COLORS)
+    assert all(len({item.color for item in items}) == 1 for items in placed)
+    assert {tuple((item.x, item.y) for item in items) for items in placed} == {((2, 2), (10, 2), (2, 10), (10, 10))}
 
 
 def test_pictures_come_from_the_generator_alone():
