@@ -1,16 +1,33 @@
 """What balancing costs in a training run: MARBLE's Table 2, for K = 5, 16 and 64 rewards.
 
-Every mode trains the same model on the same prompts with random rewards, one epoch after the other in turn, so that
-what else the machine does falls on all of them. Times are medians over the epochs after the first; ``update`` is an
-optimizer step without sampling and rewards, ``epoch`` is everything. Memory is the peak of an update: of live tensor
-bytes on a CPU, of the allocator on a GPU.
+Every mode trains the same model on the same pictures with random rewards, one update after the other in turn, so that
+what else the machine does falls on all of them. ``update`` is an optimizer step without sampling and rewards; ``epoch``
+adds the sampling and the rewards of its pictures, which are the same for every mode and timed once a round. On a CPU
+time is that of the process, not that of the wall. A speed is the median over the rounds of what weighted_sum took in
+the same round, over what the mode took; ``marble`` is one refresh and nine steps between. Memory is the peak of an
+update: of live tensor bytes on a CPU, of the allocator on a GPU.
+
+Cases, each with a number of rewards:
+
+============  =====================================================================================================
+off           the old policy lags behind and the reference is asked, as in SD3.5's recipes: three forward passes
+no_kl         off policy without the distance to the reference, as in the recipe ``tiny``: two forward passes
+on            the old policy is the current one, no reference: one forward pass
+saved         ``off`` with gradient checkpointing
+============  =====================================================================================================
+
+An update has ten micro-steps, so that ``marble_spread`` with its share of a tenth is what it says.
 
     python benchmarks/diffusion_step.py
-    python benchmarks/diffusion_step.py --model mid
-    python benchmarks/diffusion_step.py --model sd35-medium --device cuda --epochs 6
+    python benchmarks/diffusion_step.py --model mid --rounds 5
+    python benchmarks/diffusion_step.py --model sd35-medium --device cuda --rounds 3
+    python benchmarks/diffusion_step.py --model sd35-medium --blocks 2 --side 8 --pictures 2 --cases off:5 --rounds 1
 """
 
 import argparse
+import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,21 +37,38 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mogb_diffusion.clock import Clock
 from mogb_diffusion.config import Run, load_run, override
 from mogb_diffusion.models import tiny
 from mogb_diffusion.models.sd3 import DTYPES, SD3Model
-from mogb_diffusion.rollouts import plan_epoch
+from mogb_diffusion.rollouts import Epoch, plan_epoch
 from mogb_diffusion.seeds import keyed_generator
 from mogb_diffusion.trainer import Trainer
 
 MODES = {
     "weighted_sum": "{mode: weighted_sum}",
-    "marble (N = 10)": "{mode: marble, refresh_every: 10}",
+    "marble": "{mode: marble, refresh_every: 10}",
     "marble_spread": "{mode: marble_spread, fraction: 0.1}",
     "marble_exact": "{mode: marble_exact}",
     "marble_every_step": "{mode: marble_every_step}",
 }
+CASES = "off:5,off:16,off:64,no_kl:5,on:5,on:16,on:64,saved:5"
 UPDATE = ("forward", "other policies", "backward", "solve", "optimizer")
+MICRO_STEPS = 10
+PICTURES = {"tiny": 8, "mid": 2, "sd35-medium": 9}  # of a micro-step
+SHAPES: dict[str, dict[str, Any]] = {
+    "mid": {
+        "sample_size": 16, "num_layers": 6, "num_attention_heads": 8, "attention_head_dim": 64,
+        "pos_embed_max_size": 16, "in_channels": 3, "out_channels": 3, "caption_projection_dim": 512,
+        "joint_attention_dim": 64, "pooled_projection_dim": 64, "qk_norm": "rms_norm",
+    },
+    "sd35-medium": {
+        "sample_size": 64, "num_layers": 24, "num_attention_heads": 24, "attention_head_dim": 64,
+        "pos_embed_max_size": 384, "in_channels": 16, "out_channels": 16, "caption_projection_dim": 1536,
+        "joint_attention_dim": 4096, "pooled_projection_dim": 2048, "qk_norm": "rms_norm",
+        "dual_attention_layers": tuple(range(13)),
+    },
+}  # fmt: skip
 
 
 class RandomReward:
@@ -46,6 +80,13 @@ class RandomReward:
     def __call__(self, images: torch.Tensor, prompts: Any) -> torch.Tensor:
         self.calls += 1
         return torch.rand(len(prompts), generator=keyed_generator("reward", self.number, self.calls))
+
+
+class ProcessClock(Clock):
+    """Seconds of this process; of the wall on a GPU, which it waits for."""
+
+    def _now(self) -> float:
+        return super()._now() if self._wait else time.process_time()
 
 
 class LivePeak(TorchDispatchMode):
@@ -71,31 +112,25 @@ class LivePeak(TorchDispatchMode):
         return result
 
 
-def make_model(name: str, run: Run) -> SD3Model:
+def make_model(options: argparse.Namespace, run: Run) -> SD3Model:
     """The model that is timed: random weights in its true shape."""
     dtype, device = DTYPES[run.model.dtype], run.model.device
-    pipeline = tiny.build(0)
-    if name != "tiny":
+    pipeline: Any = tiny.build(0)
+    if options.model != "tiny":
         from diffusers import SD3Transformer2DModel
 
-        shapes: dict[str, dict[str, Any]] = {
-            "mid": {
-                "sample_size": 32, "num_layers": 6, "num_attention_heads": 8, "attention_head_dim": 64,
-                "pos_embed_max_size": 32, "in_channels": 3, "out_channels": 3, "caption_projection_dim": 512,
-                "joint_attention_dim": 64, "pooled_projection_dim": 64, "qk_norm": "rms_norm",
-            },
-            "sd35-medium": {
-                "sample_size": 64, "num_layers": 24, "num_attention_heads": 24, "attention_head_dim": 64,
-                "pos_embed_max_size": 384, "in_channels": 16, "out_channels": 16, "caption_projection_dim": 1536,
-                "joint_attention_dim": 4096, "pooled_projection_dim": 2048, "qk_norm": "rms_norm",
-                "dual_attention_layers": tuple(range(13)),
-            },
-        }  # fmt: skip
+        shape = dict(SHAPES[options.model])
+        if options.side:
+            shape["sample_size"] = options.side
+        if options.blocks:
+            shape["num_layers"] = options.blocks
+            dual = shape.get("dual_attention_layers", ())
+            shape["dual_attention_layers"] = tuple(layer for layer in dual if layer < options.blocks - 1)
         torch.manual_seed(0)
         with torch.device(device):
-            pipeline.transformer = SD3Transformer2DModel(**shapes[name])
+            pipeline.transformer = SD3Transformer2DModel(**shape)
     model = SD3Model(pipeline, device=device, dtype=dtype, max_sequence_length=1)
-    if name == "sd35-medium":
+    if options.model == "sd35-medium":
         _stand_in(model, device)
     return model
 
@@ -114,97 +149,134 @@ def _stand_in(model: SD3Model, device: str) -> None:
     model.decode = lambda latents: latents[:, :3].float().sigmoid()  # type: ignore[method-assign]
 
 
-def make_trainer(options: argparse.Namespace, mode: str, rewards: int) -> Trainer:
+def make_trainer(options: argparse.Namespace, case: str, rewards: int, mode: str) -> Trainer:
     listed = ", ".join(
         f"{{name: 'diffusion_step:RandomReward', label: r{k}, options: {{number: {k}}}}}" for k in range(rewards)
     )
-    size = {"tiny": (48, 48), "mid": (8, 8), "sd35-medium": (9, 36)}[options.model]
+    size = options.pictures or PICTURES[options.model]
     run = override(
         load_run("tiny"),
         [
             "name=step", f"rewards=[{listed}]", "evaluation.prompts=[]", f"balancing={MODES[mode]}",
-            f"batch.micro_batch={size[0]}", "batch.images_per_prompt=4", f"batch.groups={size[1] // 4}",
-            f"model.device={options.device}", f"model.dtype={options.dtype}", "batch.updates_per_epoch=1",
-            f"epochs={options.epochs}", f"policy.old_schedule={'copy' if options.on_policy else 'linear'}",
-            "policy.old_hold=0.5" if not options.on_policy else "seed=0",
-            f"policy.rank={32 if options.model == 'sd35-medium' else 16}",
-            f"model.gradient_checkpointing={str(options.checkpointing).lower()}", *options.set,
+            f"batch={{micro_batch: {size}, images_per_prompt: {size}, groups: {MICRO_STEPS // 2}, timesteps: 2}}",
+            f"model.device={options.device}", f"model.dtype={options.dtype}",
+            f"policy.rank={32 if options.model == 'sd35-medium' else 16}", "policy.ema=0",
+            f"loss.kl_weight={1e-4 if case in ('off', 'saved') else 0.0}",
+            f"model.gradient_checkpointing={str(case == 'saved').lower()}", *options.set,
         ],
     )  # fmt: skip
-    trainer = Trainer(run, model=make_model(options.model, run))
-    trainer.clock._wait = options.device.startswith("cuda")
-    if not options.on_policy:  # begin off policy: the old one a little behind
-        trainer.on_policy = False
-        with torch.no_grad():
-            for number, param in enumerate(trainer.policy.parameters):
-                noise = torch.randn(param.shape, generator=torch.Generator().manual_seed(number))
-                param += 0.01 * noise.to(param)
+    trainer = Trainer(run, model=make_model(options, run))
+    trainer.clock = ProcessClock(trainer.model.device, exact=True)
+    with torch.no_grad():  # apart from the old policy and from the reference
+        for number, param in enumerate(trainer.policy.parameters):
+            param += 0.01 * torch.randn(param.shape, generator=torch.Generator().manual_seed(number)).to(param)
     return trainer
 
 
-def one_epoch(trainer: Trainer, epoch: int) -> dict[str, float]:
-    trainer.train_epoch(epoch)
-    return trainer.clock.take()
-
-
-def peak(trainer: Trainer, epoch: int) -> float:
-    """MiB of one update."""
-    plan = plan_epoch(trainer.run, trainer.mixture, epoch)
+def rollouts(trainer: Trainer, number: int) -> tuple[Epoch, torch.Tensor, torch.Tensor]:
+    """The pictures of a round and their rewards."""
+    plan = plan_epoch(trainer.run, trainer.mixture, number)
+    trainer.on_policy = True
     clean = trainer.roll_out(plan)
-    signal = trainer.signals(trainer.collect_rewards(plan), plan.rows, epoch)
-    if trainer.model.device.type == "cuda":
+    return plan, clean, trainer.collect_rewards(plan)
+
+
+def update(
+    trainer: Trainer, case: str, plan: Epoch, clean: torch.Tensor, rewards: torch.Tensor, step: int | None
+) -> None:
+    """One optimizer step; ``step`` is its number for an amortized mode."""
+    trainer.on_policy = case == "on"
+    if step is not None:
+        trainer.balancer.step = step
+    signal = trainer.signals(rewards, plan.rows, plan.number)
+    trainer.update(plan, clean, signal, trainer.updates(plan)[0])
+
+
+def peak(call: Callable[[], None], device: torch.device) -> float:
+    """MiB."""
+    if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        trainer.update(plan, clean, signal, trainer.updates(plan)[0])
+        call()
         return torch.cuda.max_memory_allocated() / 2**20
     with LivePeak() as live:
-        trainer.update(plan, clean, signal, trainer.updates(plan)[0])
+        call()
     return live.peak / 2**20
 
 
-def measure(options: argparse.Namespace, rewards: int) -> dict[str, dict[str, float]]:
-    modes = [mode for mode in MODES if mode != "marble_every_step" or rewards <= options.most_passes]
-    trainers = {mode: make_trainer(options, mode, rewards) for mode in modes}
-    seconds: dict[str, list[dict[str, float]]] = {mode: [] for mode in modes}
-    for epoch in range(options.epochs):
+def measure(options: argparse.Namespace, case: str, rewards: int) -> dict[str, Any]:
+    """The phases of every mode in every round; the first round warms up and is thrown away."""
+    trainers = {mode: make_trainer(options, case, rewards, mode) for mode in options.modes.split(",")}
+    sampler = trainers["weighted_sum"]
+    calls: dict[str, list[tuple[str, int | None]]] = {mode: [(mode, None)] for mode in trainers}
+    if "marble" in calls:
+        calls["marble"] = [("marble refresh", 0), ("marble between", 1)]
+    seconds: dict[str, list[dict[str, float]]] = {name: [] for parts in calls.values() for name, _ in parts}
+    shared: list[dict[str, float]] = []
+    memory: dict[str, float] = {}
+    for number in range(options.rounds + 1):
+        plan, clean, scored = rollouts(sampler, number)
+        shared.append(sampler.clock.take())
         for mode, trainer in trainers.items():
-            seconds[mode].append(one_epoch(trainer, epoch))
-        print(f"\rK = {rewards}: {epoch + 1}/{options.epochs} epochs", end="", flush=True)
+            slow = mode == "marble_every_step" and number > max(1, 8 // rewards)
+            for name, step in () if slow else calls[mode]:
+                update(trainer, case, plan, clean, scored, step)
+                seconds[name].append(trainer.clock.take())
+                if number == 0 and not (mode == "marble_every_step" and rewards > 16):
+                    again = partial(update, trainer, case, plan, clean, scored, step)
+                    memory[mode] = max(memory.get(mode, 0.0), peak(again, sampler.model.device))
+                    trainer.clock.take()
+        print(f"\r{case}, K = {rewards}: round {number}/{options.rounds}", end="", flush=True)
     print()
-    found = {}
-    for mode, epochs in seconds.items():
-        phases = {
-            phase: typical(mode, [e.get(phase, 0.0) for e in epochs]) for phase in ("sampling", "rewards", *UPDATE)
-        }
-        phases["update"] = sum(phases[phase] for phase in UPDATE)
-        phases["epoch"] = phases["update"] + phases["sampling"] + phases["rewards"]
-        phases["peak_mib"] = peak(trainers[mode], options.epochs)
-        found[mode] = phases
     for trainer in trainers.values():
         trainer.close()
-    return found
+    return {"seconds": seconds, "shared": shared, "memory": memory}
 
 
-def typical(mode: str, seconds: list[float]) -> float:
-    """The median over the epochs after the first; solves and the steps between them apart where a mode amortizes."""
-    if not mode.startswith("marble ("):
-        return float(np.median(seconds[1:] or seconds))
-    solved, between = seconds[10::10] or seconds[:1], [s for n, s in enumerate(seconds) if n % 10]
-    return float(0.1 * np.median(solved) + 0.9 * np.median(between or solved))
+def summarize(found: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Speeds relative to weighted_sum, memory, and the median of every phase."""
+    every = {name: rounds[1:] for name, rounds in found["seconds"].items()}
+    if "marble refresh" in every:
+        both = zip(every.pop("marble refresh"), every.pop("marble between"), strict=True)
+        every["marble"] = [
+            {phase: 0.1 * once.get(phase, 0.0) + 0.9 * then.get(phase, 0.0) for phase in UPDATE} for once, then in both
+        ]
+    shared = found["shared"][1:]
+    sampled = np.array([sum(part.get(phase, 0.0) for phase in ("sampling", "rewards")) for part in shared])
+    totals = {
+        mode: np.array([sum(r.get(phase, 0.0) for phase in UPDATE) for r in rounds]) for mode, rounds in every.items()
+    }
+    base, summary = totals["weighted_sum"], {}
+    for mode in MODES:
+        if mode not in every:
+            continue
+        mine = totals[mode]
+        size = len(mine)
+        ratios = base[:size] / mine
+        summary[mode] = {
+            "update_speed": float(np.median(ratios)),
+            "update_speed_low": float(np.quantile(ratios, 0.25)), "update_speed_high": float(np.quantile(ratios, 0.75)),
+            "epoch_speed": float(np.median((base[:size] + sampled[:size]) / (mine + sampled[:size]))),
+            "peak_mib": found["memory"].get(mode, float("nan")), "rounds": size,
+            **{phase: float(np.median([p.get(phase, 0.0) for p in shared])) for phase in ("sampling", "rewards")},
+            **{phase: float(np.median([r.get(phase, 0.0) for r in every[mode]])) for phase in UPDATE},
+        }  # fmt: skip
+    return summary
 
 
 def as_markdown(results: dict[str, dict[str, dict[str, float]]]) -> str:
-    header = ("K", "mode", "update, speed", "epoch, speed", "memory", *("sampling", "rewards", *UPDATE))
+    header = ("case", "mode", "update, speed", "quartiles", "epoch, speed", "memory", *("sampling", "rewards", *UPDATE))
     rows = []
-    for size, modes in results.items():
+    for case, modes in results.items():
         base = modes["weighted_sum"]
-        for mode, phases in modes.items():
+        for mode, found in modes.items():
             rows.append((
-                size, mode, f"{base['update'] / phases['update']:.2f}", f"{base['epoch'] / phases['epoch']:.2f}",
-                f"{phases['peak_mib'] / base['peak_mib']:.2f}",
-                *(f"{1000 * phases[phase]:.0f}" for phase in ("sampling", "rewards", *UPDATE)),
+                case.replace(":", ", K = "), mode, f"{found['update_speed']:.2f}",
+                f"{found['update_speed_low']:.2f} to {found['update_speed_high']:.2f}", f"{found['epoch_speed']:.2f}",
+                f"{found['peak_mib'] / base['peak_mib']:.2f}" if found["peak_mib"] > 0 else "",
+                *(f"{1000 * found[phase]:.0f}" for phase in ("sampling", "rewards", *UPDATE)),
             ))  # fmt: skip
-    return table(header, rows) + "\n\nSpeed and memory relative to weighted_sum; phases in milliseconds per epoch."
+    return table(header, rows) + "\n\nSpeed and memory relative to weighted_sum; phases in milliseconds of a round."
 
 
 def main() -> None:
@@ -212,25 +284,31 @@ def main() -> None:
     parser.add_argument("--model", choices=("tiny", "mid", "sd35-medium"), default="tiny")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=None, help="default: bfloat16 on a GPU")
-    parser.add_argument("--rewards", default="5,16,64", help="numbers of rewards, with commas between")
-    parser.add_argument("--epochs", type=int, default=11, metavar="N")
-    parser.add_argument("--on-policy", action="store_true", help="the old policy is a copy: one pass for all rewards")
-    parser.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing")
-    parser.add_argument("--most-passes", type=int, default=64, metavar="K", help="marble_every_step only up to this K")
+    parser.add_argument("--cases", default=CASES, help="case:rewards, with commas between")
+    parser.add_argument("--modes", default=",".join(MODES), help="with commas between; weighted_sum is needed")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N")
+    parser.add_argument("--pictures", type=int, metavar="N", help="of a micro-step")
+    parser.add_argument("--blocks", type=int, metavar="N", help="fewer blocks than the model has")
+    parser.add_argument("--side", type=int, metavar="N", help="smaller latents than the model's")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--name", help="of the result files; default: diffusion_step_<model>")
     options = parser.parse_args()
-    options.dtype = options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32")
-    if options.device == "cpu":
+    on_gpu = options.device.startswith("cuda")
+    options.dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
+    if not on_gpu:
         torch.set_num_threads(1)
-    results = {size: measure(options, int(size)) for size in options.rewards.split(",")}
+    raw = {case: measure(options, case.split(":")[0], int(case.split(":")[1])) for case in options.cases.split(",")}
+    results = {case: summarize(found) for case, found in raw.items()}
     meta = provenance(0)
-    if options.device.startswith("cuda"):
+    if on_gpu:
         meta["machine"] += f", {torch.cuda.get_device_name()}"
     payload = {"provenance": meta, "options": vars(options), "results": results}
-    where = "on policy" if options.on_policy else "off policy"
-    saved = ", gradient checkpointing" if options.checkpointing else ""
-    head = f"{options.model}, {options.dtype}, {where}{saved}, {options.epochs} epochs of one update.\n\n"
+    size = options.pictures or PICTURES[options.model]
+    head = (
+        f"{options.model}, {options.dtype}; an update is {MICRO_STEPS} micro-steps of {size} pictures; "
+        f"{options.rounds} rounds (marble_every_step fewer). off: three policies, as in SD3.5's recipes; no_kl: no "
+        "reference; on: on policy, no reference; saved: off, with gradient checkpointing.\n\n"
+    )
     write(options.name or f"diffusion_step_{options.model.replace('-', '_')}", payload, head + as_markdown(results))
 
 
