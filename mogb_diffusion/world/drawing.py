@@ -4,10 +4,10 @@ Clean drawings show what the prompt says and nothing else: every reward gives th
 by a careless hand, so that a model that imitates them well leaves something to be improved: wrong letters, objects of
 another kind, colour, number or place than the prompt's, a texture on the paper, pale ink, blur, noise in the pixels.
 
-Everything has its place: letters in three slots, objects in four, both in reading order. With objects anywhere, the same
-model needed several times the training until its squares were square. With four places taken at random, it decided for
-each of them on its own whether something stood there: right in the mean, wrong in most pictures, and at a point where no
-small change of one place makes counts better, so that reinforcement learning had nothing to follow.
+Everything has its place: letters in three slots, objects in four, both in reading order. With objects anywhere, the
+same model needed several times the training until its squares were square. With places drawn from the four, it decided
+for each of them on its own whether something stood there: right in the mean, wrong in most pictures, and at a point
+where no small change of one place makes counts better, so that reinforcement learning had nothing to follow.
 
 Everything random comes from the generator that is passed.
 """
