@@ -1,8 +1,8 @@
 """What an evaluation found, as a record: plain numbers that are written as JSON, CSV and Markdown, and read again.
 
 A record has ``name``, ``model``, ``epoch``, ``step``, ``prompts``, ``pictures``, ``seed``, ``sampling``,
-``trained_on`` (names of rewards), ``failures``, ``versions``, and the scores of the ``base`` model and of the
-``trained`` one, as far as they were measured: ``{reward: {mean, error, count, categories?}}``.
+``trained_on`` (names of rewards; null where nobody knows), ``failures``, ``versions``, and the scores of the ``base``
+model and of the ``trained`` one, as far as they were measured: ``{reward: {mean, error, count, categories?}}``.
 """
 
 import csv
@@ -91,6 +91,12 @@ def _guidance(record: Record) -> float:
     return float(record.get("sampling", {}).get("guidance", 1.0))
 
 
+def trained_on(record: Record, reward: str) -> str:
+    """Whether a model was trained on a reward: yes, no, or a question mark."""
+    known = record.get("trained_on")
+    return "?" if known is None else "yes" if reward in known else "no"
+
+
 def as_csv(records: Sequence[Record]) -> str:
     """A line per model, reward and category; the category is empty for a reward's own score."""
     text = io.StringIO()
@@ -102,8 +108,7 @@ def as_csv(records: Sequence[Record]) -> str:
                 parts = {"": score} | score.get("categories", {})
                 for category, part in parts.items():
                     numbers = ["" if part[key] is None else part[key] for key in ("mean", "error", "count")]
-                    trained_on = int(reward in record.get("trained_on", ()))
-                    writer.writerow([record["name"], which, reward, category, trained_on, *numbers])
+                    writer.writerow([record["name"], which, reward, category, trained_on(record, reward), *numbers])
     return text.getvalue()
 
 
@@ -129,7 +134,7 @@ def _table(record: Record, shown: Sequence[str]) -> list[str]:
     header = ["reward", "trained on", *shown] + (["change"] if both else []) + ["pictures"]
     lines = [f"| {' | '.join(header)} |", "|---|---|" + "---:|" * (len(header) - 2)]
     for reward, last in record[shown[-1]].items():
-        cells = [title(reward), "yes" if reward in record.get("trained_on", ()) else "no"]
+        cells = [title(reward), trained_on(record, reward)]
         cells += [_score(record[which].get(reward)) for which in shown]
         cells += [change(record["base"].get(reward), last)] if both else []
         lines.append(f"| {' | '.join([*cells, str(last['count'])])} |")
@@ -143,14 +148,14 @@ def as_text(record: Record) -> str:
     width = max(24, *(len(reward) + 2 for reward in record[shown[-1]]))
     lines = [_how(record), f"{'reward':{width}}{''.join(f'{which:>18}' for which in shown)}" + f"{'change':>10}" * both]
     for reward, last in record[shown[-1]].items():
-        mark = "" if reward in record.get("trained_on", ()) else " *"
+        mark = " *" if trained_on(record, reward) == "no" else ""
         line = f"{reward + mark:{width}}" + "".join(f"{_score(record[which].get(reward)):>18}" for which in shown)
         lines.append(line + (f"{change(record['base'].get(reward), last):>10}" if both else ""))
         for tag, part in last.get("categories", {}).items():
             parts = [record[which].get(reward, {}).get("categories", {}).get(tag) for which in shown]
             line = f"{'  ' + tag:{width}}" + "".join(f"{_score(score):>18}" for score in parts)
             lines.append(line + (f"{change(parts[0], part):>10}" if both else ""))
-    if any(reward not in record.get("trained_on", ()) for reward in record[shown[-1]]):
+    if any(trained_on(record, reward) == "no" for reward in record[shown[-1]]):
         lines.append("* not trained on")
     return "\n".join(lines)
 

@@ -66,6 +66,7 @@ class Source:
         file: Of a LoRA.
         epoch: Of a LoRA, as its header says.
         step: The same, in optimizer steps.
+        imported: Whether a LoRA was made elsewhere, so that nobody knows what it was trained on.
     """
 
     kind: str
@@ -76,6 +77,7 @@ class Source:
     file: Path | None = None
     epoch: int | None = None
     step: int | None = None
+    imported: bool = False
 
     def load(self, local_rank: int = 0, tell: Callable[[str], None] = print) -> Trained:
         """Loads the model and its weights.
@@ -247,7 +249,7 @@ def _lora_source(file: Path, recipe: str | None, assignments: Any, device: str |
     name = file.parent.name if file.name == WEIGHTS else file.stem
     return Source(
         "lora", file.parent, _adjusted(run, assignments, device), name, None, file,
-        header.get("epoch"), header.get("step"),
+        header.get("epoch"), header.get("step"), "config" not in header or "imported" in header,
     )  # fmt: skip
 
 

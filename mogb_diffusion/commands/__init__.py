@@ -15,7 +15,19 @@ import argparse
 import importlib
 from typing import Protocol, cast
 
-NAMES = ("train", "evaluate", "sample", "score", "export", "report", "recipes", "doctor", "prompts", "serve-reward")
+NAMES = (
+    "train",
+    "evaluate",
+    "sample",
+    "score",
+    "export",
+    "import-peer",
+    "report",
+    "recipes",
+    "doctor",
+    "prompts",
+    "serve-reward",
+)
 
 
 class Command(Protocol):

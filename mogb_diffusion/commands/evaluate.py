@@ -118,7 +118,7 @@ def _evaluated(
     record: Record = {
         "name": options.name or source.name, "model": source.run.model.source, "epoch": trained.epoch,
         "step": trained.step, "prompts": where, "pictures": len(prompts), "seed": seed, "sampling": asdict(how),
-        "trained_on": list(source.run.reward_names) if trained.changed else [], "failures": {}, "versions": versions(),
+        "trained_on": _trained_on(source), "failures": {}, "versions": versions(),
     }  # fmt: skip
     key = _base_key(source.run, record)
     if options.base and key in bases:
@@ -145,6 +145,13 @@ def _evaluated(
     if "base" in record:
         bases[key] = record["base"]
     return record
+
+
+def _trained_on(source: "Source") -> list[str] | None:
+    """Names of rewards; None where nobody knows."""
+    if source.kind == "base":
+        return []
+    return None if source.imported else list(source.run.reward_names)
 
 
 def _base_key(run: "Run", record: "Record") -> str:
