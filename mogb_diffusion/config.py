@@ -814,18 +814,19 @@ def _kind(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def load_run(recipe_or_file: str, assignments: Sequence[str] = ()) -> Run:
-    """A recipe by name or a YAML file, with overrides.
+def load_run(recipe_or_file: str, assignments: Sequence[str] = (), preset: str | None = None) -> Run:
+    """A recipe by name or a YAML file, cut for some hardware, with overrides.
 
-    A file may name a recipe to start from, with the key ``recipe``.
+    A file may name a recipe to start from, with the key ``recipe``. The overrides come last.
 
     Raises:
-        InputError: Neither exists; otherwise as :func:`build`.
+        InputError: Neither exists, or there is no such preset; otherwise as :func:`build`.
     """
-    from mogb_diffusion.recipes import RECIPES, recipe
+    from mogb_diffusion.recipes import RECIPES, presets, recipe
 
+    fitted = presets.preset(preset) if preset is not None else lambda run: run
     if recipe_or_file in RECIPES:
-        return override(recipe(recipe_or_file), assignments)
+        return override(fitted(recipe(recipe_or_file)), assignments)
     path = Path(recipe_or_file)
     if path.suffix not in (".yaml", ".yml"):
         close = difflib.get_close_matches(recipe_or_file, RECIPES, n=1)
@@ -842,6 +843,6 @@ def load_run(recipe_or_file: str, assignments: Sequence[str] = ()) -> Run:
     given = dict(given)
     base = recipe(str(given.pop("recipe"))) if "recipe" in given else None
     try:
-        return override(build(Run, given, base), assignments)
+        return override(fitted(build(Run, given, base)), assignments)
     except ConfigError as error:
         raise InputError(f"{path}: {error}") from None
