@@ -2,7 +2,8 @@
 
 A reward is any callable ``(images [B, 3, H, W] in [0, 1], prompts) -> [B]``: higher is better, NaN where it does not
 apply. It may have ``applies(prompt) -> bool``: then it is called only with pictures that it applies to, and NaN from it
-counts as a failure. It may have ``specialist = True``: it applies to some prompts only.
+counts as a failure. It may have ``specialist = True``: it applies to some prompts only. It may have a ``picture_size``,
+if it judges pictures of this many pixels a side alone.
 """
 
 import importlib

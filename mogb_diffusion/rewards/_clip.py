@@ -74,11 +74,11 @@ def load_clip(model: str, tokenizer: str, device: str, dtype: str, offload: bool
     """
     transformers = import_transformers()
     try:
-        found = transformers.CLIPModel.from_pretrained(model, dtype=as_dtype(dtype))
+        found = transformers.CLIPModel.from_pretrained(model)
         words = transformers.AutoTokenizer.from_pretrained(tokenizer)
     except (OSError, ValueError) as error:
         raise InputError(missing(model if "found" not in locals() else tokenizer, error)) from error
-    return Clip(Weights(found, as_device(device), offload), words)
+    return Clip(Weights(found.to(as_dtype(dtype)), as_device(device), offload), words)
 
 
 def import_transformers() -> Any:

@@ -261,12 +261,12 @@ def _color_namer(model: str, tokenizer: str, device: str, dtype: str, offload: b
 def _load_model(name: str, device: str, dtype: str, offload: bool) -> Weights:
     transformers = import_transformers()
     try:
-        model = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(name, dtype=as_dtype(dtype))
+        model = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise InputError(missing(name, error)) from error
     if model.config.num_labels != len(CLASSES):
         raise InputError(f"{name!r} knows {model.config.num_labels} classes, but GenEval needs COCO's {len(CLASSES)}.")
-    return Weights(model, as_device(device), offload)
+    return Weights(model.to(as_dtype(dtype)), as_device(device), offload)
 
 
 def _number(verdict: Judgement, metric: Metric) -> float:

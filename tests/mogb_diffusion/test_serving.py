@@ -439,6 +439,39 @@ def test_hostile_requests_get_errors_and_nothing_else(tmp_path, token):
         wait_for(lambda: server.working == 0)
 
 
+def test_32_clients_among_hostile_ones_lose_nothing(tmp_path):
+    over, trace = threading.Event(), tmp_path / "executed"
+    cases = [case for case in _hostile.hostile_requests(trace) if len(case.request) < 2**20]
+    reward = Recorder(seconds=0.005)
+    with serving(reward, settings=Settings(header_timeout=1.0, body_timeout=1.0)) as server:
+
+        def attack(first):
+            for number in range(first, 10**6, 4):
+                if over.is_set():
+                    return
+                send(server.url, cases[number % len(cases)])
+
+        def work(number):
+            remote = load("remote", url=server.url, retries=20)
+            given = pictures(3, 16, seed=number)
+            truth = brightness(given / 255, 0)
+            return all(torch.equal(remote(given, [Prompt("a")] * 3), truth) for _ in range(3))
+
+        with ThreadPoolExecutor(36) as pool:
+            attacks = [pool.submit(attack, first) for first in range(4)]
+            try:
+                answers = [answer.result() for answer in [pool.submit(work, number) for number in range(32)]]
+            finally:
+                over.set()
+            for ended in attacks:
+                ended.result()
+        assert answers == [True] * 32
+        assert server.counts["200"] >= 32 * 4
+        assert sum(number for status, number in server.counts.items() if status[0] == "4") > 10
+        assert max(reward.batches) > 3  # requests of several clients together
+    assert not trace.exists()
+
+
 def test_the_pickle_of_the_hostile_client_would_execute(tmp_path):
     import pickle
 
