@@ -7,7 +7,9 @@ of Flow-GRPO and DiffusionNFT.
 """
 
 import math
+import queue
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -31,7 +33,9 @@ class Ocr:
     Args:
         backend: ``rapidocr`` (its models come with the package), or ``module:function`` of a reader of your own: from
             one picture, uint8 RGB ``[H, W, 3]``, to ``(text, confidence)`` pairs in reading order.
-        threads: Of rapidocr; 0 leaves the number to it.
+        threads: Of rapidocr, for one picture; 0 leaves the number to it.
+        workers: Pictures that are read at once, each by a rapidocr of its own (about 50 MB). A reader of your own is
+            called by so many threads.
 
     Raises:
         InputError: The backend is unknown or not installed.
@@ -39,11 +43,16 @@ class Ocr:
 
     specialist = True
 
-    def __init__(self, backend: str = "rapidocr", threads: int = 1) -> None:
+    def __init__(self, backend: str = "rapidocr", threads: int = 1, workers: int = 1) -> None:
         if isinstance(threads, bool) or not isinstance(threads, int) or threads < 0:
             raise InputError(f"threads must be a whole number of at least 0, but got {threads!r}.")
+        if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+            raise InputError(f"workers must be a positive whole number, but got {workers!r}.")
         self.backend = backend
-        self.read = _reader(backend, threads)
+        self.workers = workers
+        self._readers: queue.SimpleQueue[Reader] = queue.SimpleQueue()
+        for _ in range(workers):
+            self._readers.put(_reader(backend, threads))
 
     def applies(self, prompt: Prompt) -> bool:
         """Whether the prompt asks for a text."""
@@ -51,13 +60,23 @@ class Ocr:
 
     def __call__(self, images: Pictures, prompts: Sequence[Prompt]) -> Tensor:
         """The rewards ``[B]`` in [0, 1]; NaN where the prompt asks for no text."""
-        found = [
-            text_reward(list(self.read(picture.permute(1, 2, 0).numpy())), prompt.target_text or "")
-            if self.applies(prompt)
-            else math.nan
-            for picture, prompt in zip(eight_bit(images), prompts, strict=True)
-        ]
-        return torch.tensor(found)
+        pairs = list(zip(eight_bit(images), prompts, strict=True))
+        with ThreadPoolExecutor(self.workers, thread_name_prefix="ocr") as pool:
+            return torch.tensor(list(pool.map(self._judge, pairs)))
+
+    def read(self, picture: np.ndarray) -> list[Line]:
+        """What stands in one picture, uint8 RGB ``[H, W, 3]``."""
+        reader = self._readers.get()
+        try:
+            return list(reader(picture))
+        finally:
+            self._readers.put(reader)
+
+    def _judge(self, pair: tuple[Tensor, Prompt]) -> float:
+        picture, prompt = pair
+        if not self.applies(prompt):
+            return math.nan
+        return text_reward(self.read(picture.permute(1, 2, 0).numpy()), prompt.target_text or "")
 
 
 def text_reward(recognized: Sequence[tuple[str, float]], target: str) -> float:

@@ -125,8 +125,9 @@ class RewardServer:
     def close(self, grace: float = 30.0) -> None:
         """Takes no more connections, answers the requests that are there, and ends."""
         until = time.monotonic() + grace
-        self._http.shutdown()
-        self._thread.join(grace)
+        if self._thread.is_alive():
+            self._http.shutdown()
+            self._thread.join(grace)
         self._http.server_close()
         time.sleep(0.1)  # requests that have just come in
         while self.working and time.monotonic() < until:

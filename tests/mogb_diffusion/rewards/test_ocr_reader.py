@@ -1,6 +1,7 @@
 """The OCR reward on rendered text, read for real."""
 
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -80,9 +81,36 @@ def test_a_reader_of_your_own():
     assert reward(rendered("x"), wanted("seven")).tolist() == [1.0]
 
 
+class Meeting:
+    """Readers that wait for each other: it takes three at once."""
+
+    barrier = threading.Barrier(3, timeout=10)
+
+
+def met(picture):
+    Meeting.barrier.wait()
+    return [(str(int(picture[0, 0, 0])), 0.9)]
+
+
+def test_pictures_are_read_at_once_and_keep_their_order():
+    reward = load("ocr", backend=f"{__name__}:met", workers=3)
+    pictures = (torch.arange(6).view(6, 1, 1, 1).expand(6, 3, 4, 4)).to(torch.uint8)
+    prompts = [Prompt("a", target_text=str(number if number != 4 else 9)) for number in range(6)]
+    assert reward(pictures, prompts).tolist() == [1, 1, 1, 1, 0, 1]
+
+
+def test_two_readers_read_as_one_does(ocr):
+    pytest.importorskip("rapidocr")
+    two = load("ocr", workers=2)
+    pictures = torch.cat([rendered(text) for text in ("NASA", "bread", "OPEN 24")])
+    prompts = [prompt for text in ("NASA", "NASA", "OPEN 42") for prompt in wanted(text)]
+    assert torch.equal(two(pictures, prompts), ocr(pictures, prompts))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"workers": 0}, "workers must be a positive whole number"),
         ({"backend": "paddle"}, "backend must be rapidocr, or module:function"),
         ({"backend": "no_such_module:read"}, "cannot be imported"),
         ({"backend": "math:read"}, "has no function read"),
