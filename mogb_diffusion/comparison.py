@@ -15,7 +15,7 @@ from mogb_diffusion.errors import InputError
 Scores = Mapping[str, float | None]
 
 # Title and unit of the paper's columns, in its order, by the names of rewards: PickScore is published without the
-# division by 26 that the training code adds.
+# division by 26 that the training code adds, UnifiedReward as points from 1 to 5.
 PAPER_COLUMNS: dict[str, tuple[str, float, int]] = {
     "geneval": ("GenEval", 1.0, 2),
     "ocr": ("OCR", 1.0, 2),
@@ -25,7 +25,7 @@ PAPER_COLUMNS: dict[str, tuple[str, float, int]] = {
     "hpsv2": ("HPSv2.1", 1.0, 3),
     "aesthetic": ("Aesthetic", 1.0, 2),
     "imagereward": ("ImageReward", 1.0, 2),
-    "unifiedreward": ("UnifiedReward", 1.0, 2),
+    "unifiedreward": ("UnifiedReward", 5.0, 2),
 }
 
 

@@ -26,6 +26,7 @@ from mogb_diffusion.scoring import Scorer
 from mogb_diffusion.seeds import Key, keyed_noise
 
 FAILURES = ("errors", "timeouts", "nan", "inf")  # of the counts of a scorer: what costs a picture its number
+_ENCODED = 128  # prompts that are encoded at once, where text encoders come to the device for it
 _WAITING = 256  # pictures that wait for their rewards at most, so that a long list of prompts does not fill the memory
 
 
@@ -103,6 +104,8 @@ def draw_pictures(
         keys: Of the noise of each picture; None takes those of :func:`evaluation_keys`.
     """
     keys = evaluation_keys(prompts, seed) if keys is None else keys
+    if len(prompts) <= _ENCODED:
+        model.prepare([prompt.text for prompt in prompts])
     images = []
     for start in range(0, len(prompts), batch):
         noise = keyed_noise(model.latent_shape, list(keys[start : start + batch]), model.dtype)
@@ -139,9 +142,12 @@ def examine(
 ) -> Measured:
     """Draws every prompt once, on one rank or another, and scores it; the same result on every rank."""
     keys, mine = evaluation_keys(prompts, seed), ranks.mine(len(prompts))
+    ahead = max(1, _ENCODED // batch)
 
     def drawn() -> Iterable[tuple[Tensor, Sequence[Prompt]]]:
         for start in range(mine.start, mine.stop, batch):
+            if (start - mine.start) % (batch * ahead) == 0:
+                model.prepare([prompt.text for prompt in prompts[start : min(start + batch * ahead, mine.stop)]])
             piece = slice(start, min(start + batch, mine.stop))
             yield draw_pictures(model, prompts[piece], how, seed, batch=batch, keys=keys[piece]), prompts[piece]
 

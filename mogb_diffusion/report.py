@@ -10,8 +10,8 @@ from typing import Any
 from mogb_diffusion.errors import InputError
 from mogb_diffusion.tracking import read_metrics
 
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555", "#b8a800")
-_STYLE = """
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555", "#b8a800")
+STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; } td, th { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #ddd; }
@@ -42,7 +42,7 @@ def write_report(folder: Path) -> Path:
         ),
         ("time.png", "Where the time went", _time),
     ]
-    made = [(name, caption) for name, caption, draw in figures if _drawn(draw, rows, folder / name)]
+    made = [(name, caption) for name, caption, draw in figures if saved(draw, rows, folder / name)]
     page = folder / "report.html"
     page.write_text(_page(folder, rows, made), encoding="utf-8")
     return page
@@ -64,14 +64,14 @@ def _page(folder: Path, rows: Sequence[Row], figures: Sequence[tuple[str, str]])
     title = config.partition("\n")[0].removeprefix("name: ") or folder.name
     steps = max((row["step"] for row in rows), default=0)
     parts = [
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>",
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>",
         f"<h1>{html.escape(title)}</h1>",
         f"<p>{len(epochs)} epochs, {steps} optimizer steps, {seconds / 60:.1f} minutes.</p>",
         _table(rows),
         _pictures(folder),
     ]
     for name, caption in figures:
-        parts.append(f"<h2>{html.escape(caption)}</h2>{_image(folder / name, caption)}")
+        parts.append(f"<h2>{html.escape(caption)}</h2>{embedded(folder / name, caption)}")
     parts.append(_failures(epochs))
     parts.append(f"<h2>Configuration</h2><pre>{html.escape(config)}</pre></html>\n")
     return "\n".join(part for part in parts if part)
@@ -103,7 +103,9 @@ def _difference(before: float | None, after: float | None) -> str:
 def _pictures(folder: Path) -> str:
     found = [(name, folder / "samples" / f"{name}.png") for name in ("before", "after")]
     shown = [
-        f"<figure>{_image(path, name)}<figcaption>{name}</figcaption></figure>" for name, path in found if path.exists()
+        f"<figure>{embedded(path, name)}<figcaption>{name}</figcaption></figure>"
+        for name, path in found
+        if path.exists()
     ]
     return (
         f"<h2>The same prompts and noise, before and after</h2><div class=grids>{''.join(shown)}</div>" if shown else ""
@@ -127,18 +129,24 @@ def _failures(epochs: Sequence[Row]) -> str:
     return f"<h2>What went wrong</h2><ul>{''.join(lines)}</ul>"
 
 
-def _image(path: Path, text: str) -> str:
+def embedded(path: Path, text: str) -> str:
+    """A picture within a page."""
     data = base64.b64encode(path.read_bytes()).decode()
     return f'<img alt="{html.escape(text)}" src="data:image/png;base64,{data}">'
 
 
-def _drawn(draw: Any, rows: Sequence[Row], path: Path) -> bool:
+def saved(draw: Any, what: Any, path: Path) -> bool:
+    """Makes a figure with ``draw(figure, what)``, which says whether there is anything to see; whether it was saved.
+
+    Raises:
+        InputError: matplotlib is missing.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("A report needs matplotlib. Install it with: pip install 'mogb[plot]'") from None
     figure = Figure(layout="constrained", dpi=110)
-    if not draw(figure, rows):
+    if not draw(figure, what):
         return False
     figure.savefig(path)
     return True
@@ -157,8 +165,8 @@ def _rewards(figure: Any, rows: Sequence[Row]) -> bool:
         if n >= len(names):
             axis.set_axis_off()
             continue
-        name, color = names[n], _COLORS[n % len(_COLORS)]
-        axis.plot([r["epoch"] for r in epochs], [_number(r["rewards"][name]) for r in epochs], color=color, lw=1.2)
+        name, color = names[n], COLORS[n % len(COLORS)]
+        axis.plot([r["epoch"] for r in epochs], [number(r["rewards"][name]) for r in epochs], color=color, lw=1.2)
         tests = [r for r in rows if r["kind"] == "evaluation" and r["scores"].get(name, {}).get("mean") is not None]
         axis.errorbar(
             [r["epoch"] for r in tests], [r["scores"][name]["mean"] for r in tests],
@@ -179,7 +187,7 @@ def _alpha(figure: Any, rows: Sequence[Row]) -> bool:
     figure.set_size_inches(8, 3)
     axis = figure.subplots()
     names = list(steps[0]["alpha"])
-    for name, color in zip(names, _COLORS * 9, strict=False):
+    for name, color in zip(names, COLORS * 9, strict=False):
         series = [row["alpha"][name] for row in steps]
         axis.plot([row["step"] for row in steps], series, color=color, lw=0.7, alpha=0.35)
         axis.plot([row["step"] for row in steps], _smooth(series), color=color, lw=1.8, label=name)
@@ -197,7 +205,7 @@ def _cosines(figure: Any, rows: Sequence[Row]) -> bool:
         return False
     figure.set_size_inches(8, 3)
     axis = figure.subplots()
-    for name, color in zip(steps[0]["cosines"], _COLORS * 9, strict=False):
+    for name, color in zip(steps[0]["cosines"], COLORS * 9, strict=False):
         heard = [row for row in steps if name not in row["left_out"]]
         axis.plot(
             [r["step"] for r in heard], _smooth([r["cosines"][name] for r in heard]), color=color, lw=1.6, label=name
@@ -223,7 +231,7 @@ def _time(figure: Any, rows: Sequence[Row]) -> bool:
     figure.set_size_inches(8, 0.5 + 0.28 * len(total))
     axis = figure.subplots()
     ordered = sorted(total.items(), key=lambda item: item[1])
-    axis.barh([phase for phase, _ in ordered], [seconds for _, seconds in ordered], color=_COLORS[0], height=0.65)
+    axis.barh([phase for phase, _ in ordered], [seconds for _, seconds in ordered], color=COLORS[0], height=0.65)
     axis.set_xlabel("seconds")
     axis.grid(alpha=0.25, axis="x")
     return True
@@ -235,5 +243,6 @@ def _smooth(series: Sequence[float], width: int = 9) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def _number(value: float | None) -> float:
+def number(value: float | None) -> float:
+    """NaN where there is none, which a figure leaves out."""
     return math.nan if value is None else value

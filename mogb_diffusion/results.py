@@ -60,6 +60,8 @@ def _is_scores(part: Any) -> bool:
 def rows_of(records: Sequence[Record]) -> dict[str, dict[str, float | None]]:
     """Rows of a comparison: each base model once, then what was trained; parts of one name are put together.
 
+    A base model is told apart by its name and by how it samples; its scores are those of the first record that has it.
+
     Raises:
         InputError: Two records of one name have different scores of one reward.
     """

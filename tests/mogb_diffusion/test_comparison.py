@@ -56,8 +56,8 @@ def test_one_row_has_no_composite():
 
 
 def test_the_layout_is_that_of_the_papers_table():
-    scores = {"hpsv2": 0.355, "mine": 2.0, "unifiedreward": 3.52, "ocr": 0.96, "pickscore": 22.83 / 26, "geneval": 0.94,
-              "aesthetic": 6.59, "imagereward": 1.53, "clip": 0.286}  # fmt: skip
+    scores = {"hpsv2": 0.355, "mine": 2.0, "unifiedreward": 3.52 / 5, "ocr": 0.96, "pickscore": 22.83 / 26,
+              "geneval": 0.94, "aesthetic": 6.59, "imagereward": 1.53, "clip": 0.286}  # fmt: skip
     other = dict.fromkeys(scores, 0.0)
     header, rows = comparison.cells(comparison.compare({"MARBLE": scores, "base": other}))
     assert header == ["model", "GenEval", "OCR", "PickScore", "CLIPScore", "HPSv2.1", "Aesthetic", "ImageReward",
