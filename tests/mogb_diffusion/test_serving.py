@@ -414,7 +414,7 @@ def send(url, case, seconds=10.0):
     return int(head.split()[1]), body
 
 
-@pytest.mark.parametrize("token", [None, TOKEN])
+@pytest.mark.parametrize("token", [TOKEN, pytest.param(None, marks=pytest.mark.slow)])
 def test_hostile_requests_get_errors_and_nothing_else(tmp_path, token):
     trace = tmp_path / "executed"
     settings = Settings(header_timeout=1.0, body_timeout=1.0)
@@ -530,7 +530,7 @@ class TestMessages:
 
 
 class TestCommand:
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+    @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
     def test_it_ends_with_0_when_it_is_told_to_and_answers_what_is_there(self, number, tmp_path):
         (tmp_path / "slow_reward.py").write_text(
             "import time\ndef slow(images, prompts):\n    time.sleep(1)\n    return images.mean((1, 2, 3))\n"

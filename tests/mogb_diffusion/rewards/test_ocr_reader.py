@@ -11,6 +11,7 @@ from mogb_diffusion.errors import InputError
 from mogb_diffusion.prompts import Prompt
 from mogb_diffusion.rewards import load
 from mogb_diffusion.rewards.ocr import reading_order
+from mogb_diffusion.rewards.throughput import measure
 
 
 def rendered(*lines, turn=0.0, ink="black", paper="white", size=44):
@@ -97,6 +98,10 @@ def test_pictures_are_read_at_once_and_keep_their_order():
     pictures = (torch.arange(6).view(6, 1, 1, 1).expand(6, 3, 4, 4)).to(torch.uint8)
     prompts = [Prompt("a", target_text=str(number if number != 4 else 9)) for number in range(6)]
     assert reward(pictures, prompts).tolist() == [1, 1, 1, 1, 0, 1]
+
+
+def test_the_built_in_picture_for_measuring_says_what_it_should(ocr):
+    assert measure(ocr, pictures=1).scores.tolist() == [1.0]
 
 
 def test_two_readers_read_as_one_does(ocr):

@@ -131,10 +131,6 @@ class TestThroughput:
         assert found.scores.shape == (5,)
         assert found.scores.isfinite().all()
 
-    def test_the_text_is_in_the_picture(self):
-        pytest.importorskip("rapidocr")
-        assert measure(load("ocr"), pictures=1).scores.tolist() == [1.0]
-
     @pytest.mark.parametrize(
         ("options", "message"),
         [
