@@ -39,12 +39,16 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from jaxtyping import Float64
 from torch import Tensor, nn
 
 import mogb
 from mogb.aggregators.mgda import MGDA
 from mogb.base import Aggregator, Solution, Wrapper
+from mogb.engines.differentiate import differentiate
+from mogb.engines.distributed import Ranks as Sharing
+from mogb.engines.distributed import SharedRows, is_sharded, local_part, sharded_like
 from mogb.engines.per_sample import PerSample
 from mogb.errors import NonFiniteError
 from mogb.jacobian import Jacobian
@@ -161,7 +165,9 @@ class RewardBalancer:
         self.parameters = tuple(parameters)
         self.ranks = ranks or Ranks()
         self.scale = scale or LossScale()
-        self.engine = PerSample(model, self.parameters, self_check="off")
+        self.is_spread = any(is_sharded(param) for param in self.parameters)  # over the ranks, by fully_shard
+        # Needs whole weights; where they are spread, every reward has a backward pass of its own.
+        self.engine: Any = None if self.is_spread else PerSample(model, self.parameters, self_check="off")
         self.takes_rows = False
         self._checked_sizes: set[int] = set()
         self.step = 0
@@ -198,7 +204,7 @@ class RewardBalancer:
             return WeightedUpdate(self, batch, known)
         if mode == "marble_spread" and self._coefficients is not None:
             return SpreadUpdate(self, batch, self._between(), micro_steps)
-        return SolvedUpdate(self, batch, plain=mode == "marble_every_step")
+        return SolvedUpdate(self, batch, plain=self.is_spread or mode == "marble_every_step")
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on."""
@@ -344,6 +350,10 @@ class RewardBalancer:
             )
         if not method.yields_weights and choice.interval > 1:
             raise ConfigError("balancing.refresh_every", f"must be 1: {choice.method!r} yields no weights to reuse.")
+        if not method.yields_weights and self.run.model.shard:
+            raise ConfigError(
+                "balancing.mode", f"{choice.method!r} reads whole gradients, which no rank has with model.shard."
+            )
         return Silenced(method, choice.silent) if method.yields_weights else method
 
 
@@ -462,17 +472,28 @@ class Update:
     def _reduce_grads(self) -> None:
         """Adds up over the ranks what ordinary backward passes left in ``.grad``."""
         balancer = self.balancer
-        factor = 1 / balancer.scale.value
         for param in balancer.parameters:
             if param.grad is None:
                 param.grad = torch.zeros_like(param)
-        grads = [param.grad for param in balancer.parameters if param.grad is not None]
-        sum_over_ranks(grads, balancer.ranks)
-        for grad in grads:
-            grad.mul_(factor)
-        if not all(bool(torch.isfinite(grad).all()) for grad in grads):
+        grads = [local_part(param.grad) for param in balancer.parameters if param.grad is not None]
+        self._sum_up(grads)
+        finite = all(bool(torch.isfinite(grad).all()) for grad in grads)
+        if balancer.ranks.any(not finite) if balancer.is_spread else not finite:
             self.drop()
             raise NonFiniteError("direction", None)
+
+    @torch.no_grad()
+    def _sum_up(self, tensors: Sequence[Tensor]) -> None:
+        """Sums gradients over the ranks, in place, and takes the scale of the losses off them."""
+        balancer = self.balancer
+        factor = 1 / balancer.scale.value
+        if balancer.is_spread:
+            factor *= balancer.ranks.size  # fully_shard has averaged them
+        else:
+            sum_over_ranks(tensors, balancer.ranks)
+        if factor != 1.0:
+            for tensor in tensors:
+                tensor.mul_(factor)
 
     def drop(self) -> None:
         """Forgets the step."""
@@ -673,11 +694,9 @@ class SolvedUpdate(Update):
     def _reduced_rows(self) -> Jacobian:
         assert self.rows is not None
         blocks = list(self.rows.blocks)
-        sum_over_ranks(blocks, self.balancer.ranks)
-        if self.balancer.scale.value != 1.0:
-            for block in blocks:
-                block.div_(self.balancer.scale.value)
-        rows = Jacobian(tuple(blocks))
+        self._sum_up(blocks)
+        across = SharedRows(Sharing(dist.group.WORLD), self.balancer.parameters) if self.balancer.is_spread else None
+        rows = Jacobian(tuple(blocks), across)
         if not np.isfinite(rows.gramian()).all():
             self.drop()
             raise NonFiniteError("gradient", None)
@@ -706,7 +725,8 @@ class SolvedUpdate(Update):
 
     def _put(self, direction: Sequence[Tensor]) -> None:
         for param, part in zip(self.balancer.parameters, direction, strict=True):
-            param.grad = part.to(param.dtype) if param.grad is None else param.grad + part.to(param.dtype)
+            added = sharded_like(param, part) if is_sharded(param) else part.to(param.dtype)
+            param.grad = added if param.grad is None else param.grad + added
 
 
 class SpreadUpdate(SolvedUpdate):
@@ -760,18 +780,20 @@ def plain_rows(
 ) -> Jacobian:
     """The gradients of ``sum_ij seeds[r, i, j] * outputs[i, j]``, added to rows; one ordinary backward pass each."""
     if rows is None:
-        wide = [torch.promote_types(param.dtype, torch.float32) for param in parameters]
-        shapes = [(len(seeds), *param.shape) for param in parameters]
+        kept = [local_part(param.detach()) for param in parameters]
+        wide = [torch.promote_types(part.dtype, torch.float32) for part in kept]
         rows = Jacobian(
-            tuple(p.new_zeros(shape, dtype=dtype) for p, shape, dtype in zip(parameters, shapes, wide, strict=True))
+            tuple(
+                part.new_zeros((len(seeds), *part.shape), dtype=dtype) for part, dtype in zip(kept, wide, strict=True)
+            )
         )
     for k, seed in enumerate(seeds):
         keep = retain_graph or k < len(seeds) - 1
         cotangent = torch.from_numpy(seed).to(outputs)
-        grads = torch.autograd.grad(outputs, parameters, cotangent, retain_graph=keep, allow_unused=True)
+        grads = differentiate(outputs, cotangent, parameters, retain_graph=keep)
         for block, grad in zip(rows.blocks, grads, strict=True):
             if grad is not None:
-                block[k] += grad
+                block[k] += local_part(grad)
     return rows
 
 

@@ -60,6 +60,7 @@ class Model:
         text_encoders: ``resident`` on the device; ``offload``: in main memory, and on the device only while the prompts
             of an epoch are encoded; ``precompute``: as ``offload``, but all prompts of the run are encoded before
             training, kept in main memory, and the encoders are dropped.
+        shard: Spread weights, gradients and the optimizer's state over the ranks (FSDP2), for ``policy.kind: full``.
     """
 
     source: str = "tiny"
@@ -69,6 +70,7 @@ class Model:
     max_sequence_length: int | None = None
     resolution: int | None = None
     gradient_checkpointing: bool = False
+    shard: bool = False
     text_encoders: TextEncoders = "resident"
 
     def __post_init__(self) -> None:
@@ -576,6 +578,8 @@ class Run:
         twice = sorted({key for key in keys if keys.count(key) > 1})
         _need(not twice, "rewards", "must have different names; use label to tell them apart", twice)
         self._check_names(self.reward_names)
+        if self.model.shard:
+            self._check_shard()
         if self.batch.timesteps is not None:
             rule = f"must not exceed the {self.sampling.steps} times of sampling.steps"
             _need(self.batch.timesteps <= self.sampling.steps, "batch.timesteps", rule, self.batch.timesteps)
@@ -589,6 +593,16 @@ class Run:
     def trained_timesteps(self) -> int:
         """How many times of each picture's grid are trained on."""
         return self.batch.timesteps or max(1, int(self.sampling.steps * 0.99))
+
+    def _check_shard(self) -> None:
+        """Weights that no rank has whole leave no room for what needs them so."""
+        _need(self.policy.kind == "full", "model.shard", "needs policy.kind: full, as adapters are small", True)
+        mode, instead = self.balancing.mode, {"marble_exact": "marble_every_step", "marble_spread": "marble"}
+        hint = f"; use {instead.get(mode, 'marble or marble_every_step')}"
+        _need(mode not in ("marble_exact", "marble_spread", "marble_script"), "balancing.mode",
+              f"needs whole weights on every rank, which there are none with model.shard{hint}", mode)  # fmt: skip
+        _need(not self.balancing.shrinkage, "balancing.shrinkage",
+              "compares the micro-steps of single ranks, which model.shard adds up", True)  # fmt: skip
 
     def _check_names(self, known: Sequence[str]) -> None:
         asked = [("balancing.alpha", name) for name in self.balancing.alpha or ()]

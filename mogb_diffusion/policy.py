@@ -1,6 +1,7 @@
 """The three policies of a run in one transformer: current (trains), old (draws rollouts), reference (frozen start).
 
-With LoRA they are two sets of adapters and none; with full fine-tuning three sets of weights. Outside of the context
+With LoRA they are two sets of adapters and none; with full fine-tuning three sets of weights, which may be spread over
+the ranks (:mod:`mogb_diffusion.sharding`). Outside of the context
 managers the current policy is active, and only its parameters ever require a gradient. The old policy goes through the
 same layers in the same dtype as the current one, so that equal weights give equal velocities to the bit.
 """
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mogb_diffusion import config
+from mogb_diffusion import config, sharding
+from mogb_diffusion.distributed import Ranks
 from mogb_diffusion.errors import InputError
 from mogb_diffusion.policy_schedule import move_towards
 from mogb_diffusion.seeds import keyed_generator
@@ -94,11 +96,18 @@ class TrainedPolicy(ABC):
         if set(given) != set(wanted) or any(given[name].shape != wanted[name].shape for name in given):
             raise InputError("The saved weights are those of another policy: use the configuration of their run.")
         for name, tensor in given.items():
-            wanted[name].copy_(tensor)
+            wanted[name].copy_(sharding.part_of(tensor, wanted[name]))
+
+    def gathered(self, keep: bool) -> dict[str, Tensor] | None:
+        """The whole current weights, where they are spread over the ranks; None where every rank has them.
+
+        All ranks take part. One that does not ``keep`` them gets empty tensors.
+        """
+        return None
 
     @abstractmethod
-    def export(self, pipeline: Any, folder: Path) -> None:
-        """Writes the current weights in the form that diffusers loads."""
+    def export(self, pipeline: Any, folder: Path, whole: Mapping[str, Tensor] | None = None) -> None:
+        """Writes the current weights in the form that diffusers loads; those of :meth:`gathered`, where given."""
 
 
 class LoraPolicy(TrainedPolicy):
@@ -165,7 +174,7 @@ class LoraPolicy(TrainedPolicy):
         for param in self._old:
             param.requires_grad_(False)
 
-    def export(self, pipeline: Any, folder: Path) -> None:
+    def export(self, pipeline: Any, folder: Path, whole: Mapping[str, Tensor] | None = None) -> None:
         """``pytorch_lora_weights.safetensors``, with alpha: ``pipe.load_lora_weights(folder)`` has full strength."""
         from peft.utils import get_peft_model_state_dict
 
@@ -183,18 +192,23 @@ class FullPolicy(TrainedPolicy):
 
     Args:
         transformer: Its parameters are kept in float32 or wider.
+        ranks: The processes that its weights are spread over, one part each; None leaves them whole.
     """
 
-    def __init__(self, transformer: nn.Module) -> None:
+    def __init__(self, transformer: nn.Module, ranks: Ranks | None = None) -> None:
         super().__init__()
         nn.Module.to(transformer, torch.promote_types(next(transformer.parameters()).dtype, torch.float32))
+        for param in transformer.parameters():
+            param.requires_grad_(True)
+        self._kind: Any = type(transformer)
+        self.is_spread = ranks is not None and ranks.size > 1
+        if ranks is not None and self.is_spread:
+            sharding.shard(transformer, ranks)
         named = dict(transformer.named_parameters())
         self.names, self.parameters = tuple(named), tuple(named.values())
         self._copies = {
             name: tuple(param.detach().clone() for param in self.parameters) for name in ("old", "reference")
         }
-        for param in self.parameters:
-            param.requires_grad_(True)
         self._transformer: Any = transformer
 
     @property
@@ -207,15 +221,35 @@ class FullPolicy(TrainedPolicy):
     def _leave(self, name: str) -> None:
         self._exchange(name)
 
+    @torch.no_grad()
     def _exchange(self, name: str) -> None:
+        if self.is_spread:  # gathered weights are copies of these very tensors, so that their contents change places
+            sharding.unload(self._transformer)
+            for param, copy in zip(self.parameters, self._copies[name], strict=True):
+                mine, other = sharding.local_part(param), sharding.local_part(copy)
+                kept = mine.clone()
+                mine.copy_(other)
+                other.copy_(kept)
+            return
         for param, copy in zip(self.parameters, self._copies[name], strict=True):
             param.data, copy.data = copy.data, param.data
 
-    def export(self, pipeline: Any, folder: Path) -> None:
+    def gathered(self, keep: bool) -> dict[str, Tensor] | None:
+        if not self.is_spread:
+            return None
+        whole: dict[str, Tensor] = sharding.gathered(dict(self._transformer.state_dict()), keep)
+        return whole
+
+    def export(self, pipeline: Any, folder: Path, whole: Mapping[str, Tensor] | None = None) -> None:
         """``transformer/``, for ``SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer")``."""
-        self._transformer.save_pretrained(folder / "transformer")
+        module = self._transformer
+        if whole is not None:
+            with torch.device("meta"):
+                module = self._kind.from_config(dict(self._transformer.config))
+            module.load_state_dict(whole, assign=True)
+        module.save_pretrained(folder / "transformer")
 
 
-def make_policy(transformer: nn.Module, choice: config.Policy, seed: int) -> TrainedPolicy:
-    """The policy that a configuration names."""
-    return LoraPolicy(transformer, choice, seed) if choice.kind == "lora" else FullPolicy(transformer)
+def make_policy(transformer: nn.Module, choice: config.Policy, seed: int, ranks: Ranks | None = None) -> TrainedPolicy:
+    """The policy that a configuration names; with ranks, its weights are spread over them."""
+    return LoraPolicy(transformer, choice, seed) if choice.kind == "lora" else FullPolicy(transformer, ranks)

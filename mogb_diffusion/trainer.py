@@ -17,7 +17,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from mogb.errors import NonFiniteError
-from mogb_diffusion import checkpoint
+from mogb_diffusion import checkpoint, sharding
 from mogb_diffusion.balancing import BalanceReport, LossScale, RewardBalancer
 from mogb_diffusion.clock import Clock
 from mogb_diffusion.config import ConfigError, Run, from_yaml, to_plain, to_yaml
@@ -68,9 +68,11 @@ class Trainer:
         self._check_ranks()
         self.mixture = load_mixture(run)
         self.held_out = evaluation_prompts(run)
+        self._check_passes()
         self.model = model or load_model(run.model, find_device(run.model.device, self.ranks.local))
         device = self.model.device
-        self.policy = make_policy(self.model.transformer, run.policy, run.seed)
+        spread_over = self.ranks if run.model.shard else None
+        self.policy = make_policy(self.model.transformer, run.policy, run.seed, spread_over)
         self.scorer = make_scorer(run.rewards, run.scoring, device)
         self.examiner = make_scorer((*run.rewards, *run.evaluation.rewards), run.scoring, device)
         self.signals = SignalMaker(run, sorted(self.scorer.special))
@@ -265,16 +267,29 @@ class Trainer:
         """
         if self.out is None:
             return
-        with self.clock("checkpoints"), self.ranks.together():
-            if self.ranks.first:
-                checkpoint.save(
-                    self.out, self.step, self.state_dict(), self.export, keep_last=self.run.checkpoints.keep_last
-                )
+        with self.clock("checkpoints"):
+            state = sharding.gathered(self.state_dict(), self.ranks.first)
+            with self.averaged():
+                whole = self.policy.gathered(self.ranks.first)
+            keep_last = self.run.checkpoints.keep_last
+            with self.ranks.together():
+                if self.ranks.first:
+                    checkpoint.save(self.out, self.step, state, lambda to: self._export(to, whole), keep_last=keep_last)
 
     def export(self, folder: Path) -> None:
-        """Writes the trained weights, averaged where there is an average, in the form that diffusers loads."""
+        """Writes the trained weights, averaged where there is an average, in the form that diffusers loads.
+
+        Every rank takes part where the weights are spread over them; the first one writes.
+        """
         with self.averaged():
-            self.policy.export(self.model.pipeline, folder)
+            whole = self.policy.gathered(self.ranks.first)
+        with self.ranks.together():
+            if self.ranks.first:
+                self._export(folder, whole)
+
+    def _export(self, folder: Path, whole: dict[str, Tensor] | None) -> None:
+        with self.averaged():
+            self.policy.export(self.model.pipeline, folder, whole)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -283,7 +298,7 @@ class Trainer:
             yield
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next epoch depends on."""
+        """All that the next epoch depends on; of weights that are spread over the ranks, this rank's part."""
         state: dict[str, Any] = {
             "epoch": self.epoch,
             "step": self.step,
@@ -300,12 +315,13 @@ class Trainer:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what :meth:`state_dict` gave."""
+        """Takes over what :meth:`state_dict` gave, with whole tensors."""
         self.policy.load(state["policy"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        parameters = self.policy.parameters
+        self.optimizer.load_state_dict(sharding.optimizer_state_for(parameters, state["optimizer"]))
         self.balancer.load_state_dict(state["balancer"])
         if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
+            self.ema.load_state_dict(sharding.averages_for(parameters, state["ema"]))
         if self.signals.running is not None:
             self.signals.running.load_state_dict(state["advantages"])
         self.epoch, self.step = int(state["epoch"]), int(state["step"])
@@ -373,7 +389,8 @@ class Trainer:
     def _clip(self) -> float:
         """Clips the direction; returns its norm before that."""
         limit = self.run.optimizer.max_grad_norm or math.inf
-        return float(torch.nn.utils.clip_grad_norm_(self.policy.parameters, limit))
+        norm: Any = torch.nn.utils.clip_grad_norm_(self.policy.parameters, limit)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def _log(self, kind: str, epoch: int, values: dict[str, Any]) -> None:
         """Adds a line to the metrics. A full disk stops every rank."""
@@ -417,10 +434,11 @@ class Trainer:
             return
         prompts = self.held_out or [self.mixture.rows[n % len(self.mixture)] for n in range(self.run.tracking.samples)]
         with self.clock("evaluation"), self.averaged(), self.ranks.together():
-            if self.tracker is not None:
+            if self.ranks.first or self.run.model.shard:  # then all of them hold the weights together
                 images = draw_pictures(
                     self.model, prompts[: self.run.tracking.samples], evaluation_sampling(self.run), self.run.seed
                 )
+            if self.tracker is not None:
                 self.tracker.save_grid(images, name)
 
     def _open(self, resume: bool) -> None:
@@ -483,6 +501,31 @@ class Trainer:
                 "batch", f"an update has only {per_update} pictures for {self.ranks.size} ranks; use fewer "
                 "updates_per_epoch or more groups."
             )  # fmt: skip
+
+    def _check_passes(self) -> None:
+        """Ranks that hold the weights together gather them together: each needs as many forward passes as the others.
+
+        Raises:
+            ConfigError: The pictures do not fall on the ranks that way.
+        """
+        batch, size = self.run.batch, self.ranks.size
+        if not self.run.model.shard or size == 1:
+            return
+        per_update = {
+            len(samples) for samples in plan_epoch(self.run, self.mixture, 0).updates(batch.updates_per_epoch)
+        }
+        parts = [("batch.micro_batch", count, batch.micro_batch) for count in sorted(per_update)]
+        parts.append(("batch.sampling_batch", batch.images, batch.sampling_batch or batch.micro_batch))
+        if self.held_out:
+            parts.append(("evaluation.batch", len(self.held_out), self.run.evaluation.batch))
+        for path, count, at_once in parts:
+            passes = {-(-share // at_once) for share in (count // size, -(-count // size))}
+            if len(passes) > 1 or 0 in passes:
+                raise ConfigError(
+                    path, f"with model.shard every rank needs equally many passes, but {count} pictures on {size} "
+                    f"ranks, {at_once} at once, are {min(passes)} or {max(passes)}; let the ranks divide the pictures, "
+                    "or change how many are taken at once.",
+                )  # fmt: skip
 
     def _checkpoint_gradients(self) -> None:
         balancer = self.balancer

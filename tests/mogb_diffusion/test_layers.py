@@ -21,7 +21,7 @@ LINES = (
     ("world.captions", "world.drawing"),
     ("rewards.world", "models.tiny", "models"),
     ("recipes", "generate"),
-    ("datasets", "clock", "distributed", "models.sd3", "policy", "scoring", "checkpoint", "tracking"),
+    ("datasets", "clock", "distributed", "sharding", "models.sd3", "policy", "scoring", "checkpoint", "tracking"),
     ("rollouts", "signals"),
     ("evaluation", "balancing", "pretrain"),
     ("script",),

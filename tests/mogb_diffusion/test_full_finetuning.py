@@ -1,0 +1,165 @@
+"""Full fine-tuning with weights that are spread over the ranks (``model.shard``, FSDP2)."""
+
+import pytest
+import torch
+from processes import launch
+from tiny_run import metrics, same_tensors, small_run
+
+from mogb_diffusion import checkpoint
+from mogb_diffusion.config import ConfigError
+from mogb_diffusion.distributed import Ranks, start_ranks
+from mogb_diffusion.prompts import Prompt
+from mogb_diffusion.rollouts import draw
+from mogb_diffusion.trainer import Trainer
+
+FULL = ("policy.kind=full", "optimizer.lr=1e-4")
+MODES = {
+    "weighted_sum": "balancing={mode: weighted_sum}",
+    "fixed": "balancing={mode: fixed, advantage_scale: 1.0}",
+    "marble": "balancing={mode: marble, refresh_every: 2, gradients: full, coefficients: raw}",
+    "marble_every_step": "balancing={mode: marble_every_step}",
+    "upgrad": "balancing={mode: upgrad, gradients: slope}",
+}
+
+
+def full_run(*assignments):
+    """Three optimizer steps on three groups; 9 pictures are 2 and 1 on two ranks, in one micro-batch each."""
+    return small_run(
+        *FULL, "epochs=1", "model.dtype=float64", "batch.updates_per_epoch=3", "batch.groups=3", "batch.timesteps=2",
+        "sampling.steps=3", "loss.kl_weight=0.1", "evaluation.images=4", "evaluation.batch=2", "policy.ema=0.9",
+        "batch.sampling_batch=5", *assignments,
+    )  # fmt: skip
+
+
+def flat(tensors):
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+def whole(trainer):
+    """The weights in training, put together."""
+    tensors = trainer.policy.gathered(True)
+    return flat(trainer.policy.parameters if tensors is None else [tensors[name] for name in trainer.policy.names])
+
+
+def trained(ranks, *assignments, out=None):
+    trainer = Trainer(full_run(*assignments), out, ranks=ranks)
+    trainer.train()
+    assert trainer.step == 3
+    return trainer
+
+
+def shard_on_rank(rank, world, folder, out):
+    ranks, found = start_ranks(), {}
+    for name, balancing in MODES.items():
+        trainer = trained(ranks, balancing, "model.shard=true", "evaluation.prompts=[]")
+        found[name] = whole(trainer)
+        if name == "weighted_sum":
+            held = sum(param.to_local().numel() for param in trainer.policy.parameters)
+            states = [state["exp_avg"].to_local().numel() for state in trainer.optimizer.state.values()]
+            found["numbers"] = [held, sum(states), len(found[name])]
+    saved = trained(ranks, MODES["marble"], "model.shard=true", "model.gradient_checkpointing=true")
+    found["checkpointed"] = whole(saved)
+
+    # Two epochs at once, and in two parts; a picture by the weights as they are spread, and what a folder says.
+    how = (MODES["marble"], "model.shard=true", "epochs=2", "model.dtype=float32")
+    once = Trainer(full_run(*how), out / "once", ranks=ranks)
+    once.train()
+    parts = Trainer(full_run(*how), out / "parts", ranks=ranks)
+    go_on = parts.train_epoch
+    parts.train_epoch = lambda epoch: go_on(epoch) if epoch < 1 else exec("raise KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt):
+        parts.train()
+    again = Trainer(full_run(*how), out / "parts", ranks=ranks)
+    again.train(resume=True)
+    assert again._resumed
+    assert torch.equal(whole(once), whole(again))
+    with once.averaged(), torch.no_grad():
+        noise = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        latents = draw(once.model, [Prompt("a photo of a red square"), Prompt("two circles")], noise, once.run.sampling)
+        found["picture"] = once.model.decode(latents)
+    once.export(out / "exported")
+    torch.save(found, folder / f"{rank}.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_spread_weights_train_as_whole_ones_do(tmp_path):
+    alone = {name: whole(trained(Ranks(), balancing, "evaluation.prompts=[]")) for name, balancing in MODES.items()}
+    base = whole(Trainer(full_run()))
+    answers = launch(2, shard_on_rank, tmp_path, seconds=800)
+    first, second = answers
+    for name, expected in alone.items():
+        assert torch.equal(first[name], second[name])
+        error, moved = float((first[name] - expected).abs().max()), float((expected - base).abs().max())
+        print(f"{name}: largest difference of a weight {error:.1e}, of {moved:.1e} that three steps moved")
+        assert 0 < error <= 1e-6
+        assert moved > 1e-4
+    torch.testing.assert_close(first["checkpointed"], first["marble"], rtol=0, atol=1e-6)
+    for (held, states, total), other in ((first["numbers"], second), (second["numbers"], first)):
+        assert held == states
+        assert held + other["numbers"][0] == total
+        assert abs(held / total - 0.5) < 0.01
+
+    # Whole weights are in the checkpoint: one process goes on from it, or loads what was exported.
+    assert metrics(tmp_path / "once") == metrics(tmp_path / "parts")
+    states = [checkpoint.load(tmp_path / name / "checkpoint-000006") for name in ("once", "parts")]
+    assert same_tensors(*states)
+    trainer = Trainer(full_run(MODES["marble"], "epochs=2", "model.dtype=float32"))
+    trainer.load_state_dict(states[0])
+    from diffusers import SD3Transformer2DModel
+
+    for folder in (tmp_path / "exported", tmp_path / "once" / "checkpoint-000006"):
+        loaded = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer")
+        with trainer.averaged():
+            assert same_tensors(dict(loaded.state_dict()), dict(trainer.model.transformer.state_dict()))
+    with trainer.averaged(), torch.no_grad():
+        noise = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        prompts = [Prompt("a photo of a red square"), Prompt("two circles")]
+        mine = trainer.model.decode(draw(trainer.model, prompts, noise, trainer.run.sampling))
+    torch.testing.assert_close(mine, first["picture"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (("policy.kind=lora",), r"model\.shard: needs policy\.kind: full"),
+        (("balancing={mode: marble_exact}",), r"balancing\.mode: .*model\.shard; use marble_every_step"),
+        (("balancing={mode: marble_spread}",), r"balancing\.mode: .*model\.shard; use marble, but"),
+        (("balancing={mode: marble_script}",), r"balancing\.mode: .*use marble or marble_every_step"),
+        (("balancing={mode: marble, shrinkage: true}",), r"balancing\.shrinkage: .*model\.shard"),
+    ],
+)
+def test_what_needs_whole_weights_is_refused(assignments, message):
+    with pytest.raises(ConfigError, match=message):
+        small_run(*FULL, "balancing={mode: fixed}", "model.shard=true", *assignments)
+
+
+def test_methods_that_read_whole_gradients_are_refused():
+    with pytest.raises(ConfigError, match=r"balancing\.mode: 'trimmed_mean' reads whole gradients"):
+        Trainer(small_run(*FULL, "balancing={mode: trimmed_mean}", "model.shard=true"))
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (
+            ("batch.groups=3", "batch.micro_batch=1"),
+            r"batch\.micro_batch: .* 9 pictures on 2 ranks, 1 at once, are 4 or 5",
+        ),
+        (("batch.sampling_batch=1", "batch.groups=3"), r"batch\.sampling_batch: .*9 pictures"),
+        (("evaluation.images=5", "evaluation.batch=2"), r"evaluation\.batch: .* 5 pictures on 2 ranks, 2 at once"),
+    ],
+)
+def test_ranks_that_would_wait_for_each_other_are_refused(assignments, message):
+    run = small_run(*FULL, "balancing={mode: fixed}", "model.shard=true", "batch.updates_per_epoch=1", *assignments)
+    with pytest.raises(ConfigError, match=message):
+        Trainer(run, ranks=Ranks(0, 2))
+
+
+def test_alone_nothing_is_spread():
+    trainer = Trainer(
+        small_run(*FULL, "balancing={mode: fixed}", "model.shard=true", "epochs=1", "evaluation.prompts=[]")
+    )
+    trainer.train()
+    assert trainer.step == 2
+    assert trainer.policy.gathered(True) is None
