@@ -119,21 +119,21 @@ class Outer(Contribution):
             target.copy_(torch.bmm(self.cotangents.mT, self.inputs))
 
     def mix(self, weights: Float[Tensor, "K B"], rows: Float[Tensor, "K n"], *, add: bool) -> None:
-        if self.inputs.shape[1] == 1:
-            self._mix_single_tokens(weights, rows, add)
+        if self.inputs.shape[1] == 1 or (len(weights) == 1 and rows.dtype == self.cotangents.dtype):
+            self._mix_weighted(weights, rows, add)
             return
         width = self.inputs.shape[2]
         for start, stop in self.row_ranges():
             formed = torch.bmm(self.cotangents[:, :, start:stop].mT, self.inputs).flatten(1)
             rows[:, start * width : stop * width].addmm_(weights, formed.to(rows.dtype), beta=int(add))
 
-    def _mix_single_tokens(self, weights: Float[Tensor, "K B"], rows: Float[Tensor, "K n"], add: bool) -> None:
-        """With one token a sample, S is larger than what it is made of: weight the cotangents instead."""
+    def _mix_weighted(self, weights: Float[Tensor, "K B"], rows: Float[Tensor, "K n"], add: bool) -> None:
+        """Weights the cotangents instead: with one token a sample, S is larger than what it is made of."""
         target = rows.unflatten(1, (-1, self.inputs.shape[2]))
-        inputs = self.inputs[:, 0].to(rows.dtype)
-        cotangents = self.cotangents[:, 0].to(rows.dtype).mT
+        inputs = self.inputs.flatten(0, 1).to(rows.dtype)
+        cotangents = self.cotangents.to(rows.dtype)
         for weight, row in zip(weights, target, strict=True):
-            row.addmm_(cotangents * weight, inputs, beta=int(add))
+            row.addmm_((cotangents * weight[:, None, None]).flatten(0, 1).mT, inputs, beta=int(add))
 
     def row_ranges(self, copies: int = 1) -> Iterator[tuple[int, int]]:
         """Ranges of rows of the matrix whose per-sample gradients are formed at once."""

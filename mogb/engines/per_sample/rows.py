@@ -123,6 +123,7 @@ class RowStore(Collector):
         self._blocks: dict[int, Tensor] = {}
         self._touched: set[tuple[int, int]] = set()
         self._weights: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+        self._spans = [_span(weights) for weights in mixing]
         if rows is not None:
             self._blocks = {index: block.view(count, -1) for index, block in enumerate(rows.blocks)}
             self._touched = {(index, 0) for index in self._blocks}
@@ -131,15 +132,16 @@ class RowStore(Collector):
         rows = self._rows(index, self.current)
         key = (index, self.current if self._factored else 0)
         add = key in self._touched
-        if not add and contribution.size < rows.shape[1]:
+        first, last = (0, len(rows)) if self._factored else self._spans[self.current]
+        if not add and (contribution.size < rows.shape[1] or last - first < len(rows)):
             rows.zero_()
             add = True
         self._touched.add(key)
-        target = rows[:, start : start + contribution.size]
+        target = rows[first:last, start : start + contribution.size]
         if self._factored:
             contribution.write(target, add=add)
-        else:
-            contribution.mix(self._mixing_weights(rows), target, add=add)
+        elif last > first:
+            contribution.mix(self._mixing_weights(rows)[first:last], target, add=add)
 
     def finish(self) -> Jacobian:
         """The rows; zero where a parameter took no part."""
@@ -164,6 +166,12 @@ class RowStore(Collector):
         if key not in self._weights:
             self._weights[key] = torch.from_numpy(self._mixing[self.current]).to(like.device, like.dtype)
         return self._weights[key]
+
+
+def _span(weights: Float64[np.ndarray, "K B"]) -> tuple[int, int]:
+    """From the first to after the last objective that a pass says anything about; (0, 0) if it is none."""
+    found = np.flatnonzero(weights.any(axis=1))
+    return (int(found[0]), int(found[-1]) + 1) if len(found) else (0, 0)
 
 
 def row_dtype(param: Tensor) -> torch.dtype:

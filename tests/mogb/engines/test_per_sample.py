@@ -404,6 +404,24 @@ def test_micro_batches_add_up_to_the_batch():
         assert deviation(rows, whole) <= 1e-12
 
 
+@pytest.mark.parametrize("name", ["lora", "mlp"])
+@pytest.mark.parametrize("second", [[4], [0], [1, 3], [0, 4]], ids=str)
+def test_objectives_that_a_pass_says_nothing_about_are_left_alone(name, second, monkeypatch):
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(float("nan")))
+    model, x = make(name, samples=9)
+    weights = coefficients(5, 9)
+    weights[[k for k in range(5) if k not in second], :, 1] = 0
+    weights[[0, 2], :, 0] = 0
+    with PerSample(model, self_check="off") as engine:
+        whole = k_backward_passes(two_terms(model(x)), weights, engine.params)
+        once = engine.gradients(two_terms(model(x)), weights, basis="terms", store="dense")
+        twice = engine.gradients(two_terms(model(x)), weights, basis="terms", store="dense", add_to=once)
+        assert engine.report.passes == 2
+    for found, exact in zip(twice.blocks, whole, strict=True):
+        assert_close(found, 2 * exact, rtol=1e-11, atol=1e-13)
+
+
 def test_rows_of_micro_batches_add_up_in_place():
     model, x = make("mlp")
     with PerSample(model) as engine:
