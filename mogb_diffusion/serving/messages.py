@@ -25,7 +25,7 @@ from mogb_diffusion.prompts import Prompt
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 NEEDED = (b"IHDR", b"PLTE", b"IDAT", b"IEND")  # the chunks that the pixels are made of
 COLOR_TYPES = (0, 2, 3)  # grey, RGB, palette
-LONGEST_NUMBER = 32  # digits
+LONGEST_NUMBER = 64  # digits
 KEYS = {"png", "text", "target_text", "metadata"}
 
 

@@ -33,6 +33,7 @@ from mogb_diffusion.serving.messages import (
 )
 
 SHORTEST_TOKEN = 16
+LINGER = 2.0  # seconds, after an answer that came before the end of the body
 PATHS = ("/health", "/info", "/score", "/applies")
 
 
@@ -354,8 +355,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _drain(self) -> None:
         """Reads on for a moment: closing with unread bytes would take the answer back."""
-        left = min(self.unread, self.settings.limits.body)
-        self.patience.until = time.monotonic() + 1.0
+        left = self.unread
+        self.patience.until = time.monotonic() + LINGER
         try:
             while left > 0 and (part := self.rfile.read1(min(left, 65536))):
                 left -= len(part)

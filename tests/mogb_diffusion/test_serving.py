@@ -504,7 +504,7 @@ def test_a_large_body_that_is_refused_still_gets_its_answer():
     with serving(brightness, settings=Settings(limits=Limits(body=1000))) as server:
         remote = load("remote", url=server.url, retries=0)
         with pytest.raises(RemoteError, match="answered 413"):
-            remote(pictures(4, 64), [Prompt("a")] * 4)
+            remote(pictures(16, 256), [Prompt("a")] * 16)  # megabytes, so that they are still being sent
 
 
 class TestMessages:
@@ -523,6 +523,11 @@ class TestMessages:
     def test_comments_are_not_looked_at(self):
         broken = _hostile.chunk(b"zTXt", b"x\x00\x00 this is no zlib")
         assert torch.equal(decode_png(_hostile.png(4, 4, extra=broken)), torch.zeros(3, 4, 4, dtype=torch.uint8))
+
+    @pytest.mark.parametrize("text", ["9" * 65, "-" + "9" * 65, "0." + "1" * 65, "1e400", "Infinity", "NaN"])
+    def test_numbers_beyond_reason_are_refused(self, text):
+        with pytest.raises(RequestError, match="The body is no JSON"):
+            parse_json(f'{{"a": {text}}}'.encode())
 
     @pytest.mark.parametrize("text", ["-12", "1.5", "[1e3]", '{"a": null}', '"x"'])
     def test_json_is_read_as_ever(self, text):
