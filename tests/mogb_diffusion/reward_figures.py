@@ -144,7 +144,7 @@ def deviations(folder, count=8):
         for name, truth in clip_truths(clip, state, head, given).items():
             found[name][0].append(made[name](given, clip_family.PROMPTS))
             found[name][1].append(truth)
-        given = pictures((23, 17), seed)
+        given = pictures((22, 17), seed)
         found["imagereward"][0].append(made["imagereward"](given, image_reward.PROMPTS))
         found["imagereward"][1].append(
             image_reward.forward(

@@ -155,7 +155,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pictures():
-    return torch.rand(3, 3, 23, 17, generator=torch.Generator().manual_seed(1))
+    return torch.rand(3, 3, 22, 17, generator=torch.Generator().manual_seed(1))
 
 
 def made(folder, **options):
@@ -163,10 +163,10 @@ def made(folder, **options):
 
 
 def prepared(pictures):
-    """As torchvision does it: short side to 12, then the centre; 23 x 17 becomes 16 x 12, and the crop starts at 2."""
+    """As torchvision does it: short side to 12, then the centre; 22 x 17 becomes 15 x 12, and the crop starts at 2."""
     out = []
     for picture in (pictures * 255).round().byte().permute(0, 2, 3, 1).numpy():
-        resized = np.asarray(PIL.fromarray(picture).resize((12, int(12 * 23 / 17)), PIL.Resampling.BICUBIC))
+        resized = np.asarray(PIL.fromarray(picture).resize((12, int(12 * 22 / 17)), PIL.Resampling.BICUBIC))
         out.append(torch.from_numpy(resized[2:14].copy()).permute(2, 0, 1))
     return (torch.stack(out).float() / 255 - MEAN) / STD
 
