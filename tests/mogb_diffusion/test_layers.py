@@ -20,15 +20,18 @@ LINES = (
     ("rewards.geneval", "rewards.ocr", "rewards", "world.vocabulary", "world"),
     ("world.captions", "world.drawing"),
     ("rewards.world", "models.tiny", "models"),
-    ("recipes", "generate"),
-    ("datasets", "clock", "distributed", "sharding", "models.sd3", "policy", "scoring", "checkpoint", "tracking"),
-    ("rollouts", "signals"),
-    ("evaluation", "balancing", "pretrain"),
+    ("recipes", "generate", "serving"),
+    ("datasets", "clock", "distributed", "sharding", "models.sd3", "policy", "scoring", "checkpoint", "tracking",
+     "comparison", "dry_run", "hub", "memory", "pictures", "readiness"),
+    ("rollouts", "signals", "results", "trained"),
+    ("evaluation", "balancing", "pretrain", "cards", "peers"),
     ("script",),
     ("trainer", "report"),
+    ("report_runs",),
+    ("commands",),
     ("cli",),
     ("__main__",),
-)
+)  # fmt: skip
 # What is not installed with mogb itself may be needed only once a pipeline is.
 HEAVY = {
     "diffusers": ("models.tiny", "pretrain"), "transformers": ("models.tiny", "pretrain"),
