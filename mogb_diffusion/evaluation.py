@@ -151,7 +151,8 @@ def examine(
             piece = slice(start, min(start + batch, mine.stop))
             yield draw_pictures(model, prompts[piece], how, seed, batch=batch, keys=keys[piece]), prompts[piece]
 
-    part = measure(scorer, drawn())
+    with ranks.together():  # a rank that fails does not leave the others waiting
+        part = measure(scorer, drawn())
     rewards = ranks.gather(part.rewards.mT.contiguous(), len(prompts)).mT
     table = torch.tensor(
         [[part.failures.get(name, {}).get(kind, 0) for kind in FAILURES] for name in scorer.rewards],

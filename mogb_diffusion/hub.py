@@ -13,12 +13,13 @@ def check_hub(repo: str | None) -> str:
     """
     try:
         import huggingface_hub
+        from huggingface_hub.utils import validate_repo_id
     except ImportError:
         raise InputError("--to hub needs huggingface_hub. Install it with: pip install 'mogb[diffusion]'") from None
     if not repo:
         raise InputError("--to hub needs the name of a repository: --repo USER/NAME.")
     try:
-        huggingface_hub.utils.validate_repo_id(repo)
+        validate_repo_id(repo)
     except ValueError as error:
         raise InputError(f"--repo {repo}: {' '.join(str(error).split())}") from None
     if not huggingface_hub.get_token():
@@ -41,7 +42,7 @@ def upload(folder: Path, repo: str, *, private: bool, message: str) -> str:
     except Exception as error:  # of the hub's client and of whichever HTTP library it has
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ConnectionError(
-            f"{folder} is ready, but {repo} could not be written: {reason} Send it later with: "
+            f"{folder} is ready, but {repo} could not be written: {reason.rstrip('.')}. Send it later with: "
             f"hf upload {repo} {folder}"
         ) from error
     return str(made)

@@ -114,7 +114,9 @@ def _evaluated(
     specs = tuple(
         benchmark_rule(spec, options.option) for spec in chosen_rewards(options.metrics, known, options.option)
     )
-    trained = source.load(ranks.local, tell if ranks.first else lambda message: None)
+    with ranks.together():
+        trained = source.load(ranks.local, tell if ranks.first else lambda message: None)
+        scorer = make_scorer(specs, source.run.scoring, trained.model.device)
     record: Record = {
         "name": options.name or source.name, "model": source.run.model.source, "epoch": trained.epoch,
         "step": trained.step, "prompts": where, "pictures": len(prompts), "seed": seed, "sampling": asdict(how),
@@ -126,7 +128,6 @@ def _evaluated(
     needed = (("base", trained.base), ("trained", trained.weights))
     wanted = {"trained"} if trained.changed else {"base"}
     wanted |= {"base"} if options.base and key not in bases else set()
-    scorer = make_scorer(specs, source.run.scoring, trained.model.device)
     try:
         for which, active in needed:
             if which not in wanted:

@@ -295,6 +295,7 @@ def test_a_folder_goes_to_the_hub(runs, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_x")
+    monkeypatch.delattr(huggingface_hub, "utils", raising=False)  # it is there only after somebody imports it
     Hub.calls.clear()
     command = ["export", str(runs / "r0"), "--to", "hub", "--repo", "me/mine", "--private"]
     assert main([*command, "--out", str(tmp_path / "a")]) == 0

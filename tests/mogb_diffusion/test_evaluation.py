@@ -7,6 +7,7 @@ from processes import launch
 from mogb_diffusion import evaluation
 from mogb_diffusion.config import Reward, Sampling
 from mogb_diffusion.distributed import Ranks
+from mogb_diffusion.errors import InputError
 from mogb_diffusion.models.sd3 import Text
 from mogb_diffusion.prompts import Prompt
 from mogb_diffusion.scoring import Scorer
@@ -136,3 +137,20 @@ def test_geneval_and_rewards_that_say_so_are_averaged_by_category():
     found = evaluation.scores_of(measured, specs, scorer, prompts)
     assert found["geneval"]["mean"] == pytest.approx(2 / 3)
     assert found["ocr"] == {"mean": 0.5, "error": pytest.approx(math.sqrt(1 / 3 / 4)), "count": 4}
+
+
+def fail_on_rank(rank, world, folder):
+    class Moody(Painter):
+        def decode(self, latents):
+            if rank == 1:
+                raise InputError("no paint left")
+            return super().decode(latents)
+
+    scorer = Scorer({"mean": lambda images, prompts: images.mean(dim=(1, 2, 3))})
+    with pytest.raises(InputError, match="no paint left"):
+        evaluation.examine(Moody(), scorer, [Prompt(t) for t in TEXTS], Sampling(steps=2), 3, 2, Ranks(rank, world))
+    torch.save(torch.ones(1), folder / f"{rank}.pt")
+
+
+def test_a_rank_that_fails_leaves_no_other_waiting():
+    assert launch(2, fail_on_rank, seconds=200) == [torch.ones(1)] * 2
