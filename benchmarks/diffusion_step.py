@@ -40,6 +40,7 @@ from torch.utils._pytree import tree_leaves
 from mogb_diffusion.clock import Clock
 from mogb_diffusion.config import Run, load_run, override
 from mogb_diffusion.models import tiny
+from mogb_diffusion.models.architectures import SD35_MEDIUM_TRANSFORMER
 from mogb_diffusion.models.sd3 import DTYPES, SD3Model
 from mogb_diffusion.rollouts import Epoch, plan_epoch
 from mogb_diffusion.seeds import keyed_generator
@@ -62,12 +63,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "pos_embed_max_size": 16, "in_channels": 3, "out_channels": 3, "caption_projection_dim": 512,
         "joint_attention_dim": 64, "pooled_projection_dim": 64, "qk_norm": "rms_norm",
     },
-    "sd35-medium": {
-        "sample_size": 64, "num_layers": 24, "num_attention_heads": 24, "attention_head_dim": 64,
-        "pos_embed_max_size": 384, "in_channels": 16, "out_channels": 16, "caption_projection_dim": 1536,
-        "joint_attention_dim": 4096, "pooled_projection_dim": 2048, "qk_norm": "rms_norm",
-        "dual_attention_layers": tuple(range(13)),
-    },
+    "sd35-medium": {**SD35_MEDIUM_TRANSFORMER, "sample_size": 64},  # pictures of 512 pixels
 }  # fmt: skip
 
 
