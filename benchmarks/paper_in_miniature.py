@@ -185,7 +185,7 @@ def main() -> None:
     parser.add_argument("--modes", default=",".join(MODES), help="with commas between")
     parser.add_argument("--scalings", default=",".join(SCALINGS), help="also as_is")
     parser.add_argument("--seeds", type=int, default=3, metavar="N")
-    parser.add_argument("--epochs", type=int, default=9, metavar="N")
+    parser.add_argument("--epochs", type=int, default=10, metavar="N")
     parser.add_argument("--images", type=int, default=408, metavar="N", help="evaluation pictures")
     parser.add_argument("--only-table", action="store_true", help="of the runs that are finished")
     options = parser.parse_args()
