@@ -243,7 +243,6 @@ class Trainer:
         """Held-out rewards and a grid of pictures, with the averaged weights where there are some."""
         scores: dict[str, Score] = {}
         if self.held_out:
-            self.model.prepare([self.held_out[n].text for n in self.ranks.mine(len(self.held_out))])
             with self.clock("evaluation"), self.averaged():
                 scores, _ = evaluate(self.model, self.examiner, self.held_out, self.run, self.ranks)
             values = {"name": name, "scores": {key: asdict(score) for key, score in scores.items()}}
