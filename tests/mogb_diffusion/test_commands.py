@@ -317,6 +317,7 @@ def test_a_folder_goes_to_the_hub(runs, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.slow
 def test_every_weight_can_be_exported_merged_or_not(tmp_path, capsys):
     extra = (*STRONG, "policy.kind=full", "policy.targets=[]", "optimizer.lr=0.001", "evaluation.prompts=[]")
     run = tmp_path / "full"

@@ -152,5 +152,6 @@ def fail_on_rank(rank, world, folder):
     torch.save(torch.ones(1), folder / f"{rank}.pt")
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_leaves_no_other_waiting():
     assert launch(2, fail_on_rank, seconds=200) == [torch.ones(1)] * 2
