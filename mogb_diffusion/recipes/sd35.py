@@ -43,7 +43,7 @@ PUBLISHED_STAGES = (
 )
 EPOCHS = sum(iterations for iterations, _, _ in PUBLISHED_STAGES)
 MARBLE = Balancing(mode="marble", gradients="full", coefficients="raw", refresh_every=10, decay=0.7)
-CFG_SCALE = 4.5  # which the model's own page recommends
+CFG_SCALE = 4.5  # of the example on the model's page
 
 
 @dataclass(frozen=True)
