@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mogb_diffusion.errors import InputError
+
 
 def floating(name: str, value: Any, shape: str) -> Tensor:
     """The tensor itself, if it is one of floating-point numbers; ``shape`` only appears in the message."""
@@ -43,6 +45,18 @@ def number(
     if not (math.isfinite(given) and holds):
         raise ValueError(f"{name} must be a finite number {' and '.join(wanted)}, but got {value!r}.")
     return given
+
+
+def whole_number(name: str, value: Any, *, low: int = 1) -> int:
+    """The same, if it is a whole number (True and 2.0 are none) of at least ``low``.
+
+    Raises:
+        InputError: It is something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        wanted = "a positive whole number" if low == 1 else f"a whole number of at least {low}"
+        raise InputError(f"{name} must be {wanted}, but got {value!r}.")
+    return value
 
 
 def choice(name: str, value: Any, known: Collection[str]) -> None:

@@ -38,6 +38,7 @@ def run(options: argparse.Namespace) -> int:
 
     from mogb_diffusion.config import parse_yaml
     from mogb_diffusion.rewards import load
+    from mogb_diffusion.rewards._secrets import HIDDEN, hide, is_secret
     from mogb_diffusion.rewards.remote import find_token
     from mogb_diffusion.serving import RewardServer, Settings
 
@@ -45,8 +46,12 @@ def run(options: argparse.Namespace) -> int:
     for assignment in options.option:
         key, equals, value = assignment.partition("=")
         if not equals or not key:
-            raise InputError(f"--option {assignment}: must have the form KEY=VALUE.")
-        made[key] = parse_yaml(value, f"--option {key}")
+            shown = HIDDEN if is_secret(assignment) else assignment
+            raise InputError(f"--option {shown}: must have the form KEY=VALUE.")
+        try:
+            made[key] = parse_yaml(value, f"--option {key}")
+        except InputError as error:
+            raise InputError(hide(str(error), {key: value})) from None
     token = find_token(None, options.token_file)
     settings = Settings(batch=options.batch, queue=options.queue, reward_timeout=float(options.timeout))
     server = RewardServer(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mogb_diffusion.errors import InputError
 from mogb_diffusion.prompts import Prompt
+from mogb_diffusion.rewards._secrets import hide, redacted
 
 BUILT_IN = {
     "pickscore": "mogb_diffusion.rewards.pickscore:PickScore",
@@ -64,13 +65,13 @@ def load(name: str, **options: Any) -> Reward:
         raise InputError(f"The reward {name!r} does not exist: {module_name} has no {attribute}.")
     if not inspect.isclass(found):
         if options:
-            raise InputError(f"The reward {name!r} is a function and takes no options, but got {options}.")
+            raise InputError(f"The reward {name!r} is a function and takes no options, but got {redacted(options)}.")
         return cast(Reward, found)
     try:
         made = cast(Reward, found(**options))
     except (TypeError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"The reward {name!r} cannot be made with {options}: {reason}") from error
+        reason = hide(" ".join(str(error).split()), options)
+        raise InputError(f"The reward {name!r} cannot be made with {redacted(options)}: {reason}") from error
     if not callable(made):
         raise InputError(f"The reward {name!r} must be callable with images and prompts.")
     return made

@@ -229,17 +229,6 @@ def _centre(array: np.ndarray, size: int, rounded: bool) -> np.ndarray:
     return array[top : top + size, left : left + size]
 
 
-def checked_batch_size(batch_size: int) -> int:
-    """The same.
-
-    Raises:
-        InputError: It is no positive whole number.
-    """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise InputError(f"batch_size must be a positive whole number, but got {batch_size!r}.")
-    return batch_size
-
-
 def score_in_batches(count: int, batch_size: int, score: Callable[[slice], Tensor]) -> Tensor:
     """The scores ``[count]`` of all pictures, on the CPU, from those of ``batch_size`` at once."""
     parts = [score(slice(part[0], part[-1] + 1)).cpu() for part in in_batches(range(count), batch_size)]

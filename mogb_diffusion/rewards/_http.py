@@ -72,17 +72,19 @@ class Client:
     def __init__(
         self, url: str, *, token: str | None = None, timeout: float = 60.0, retries: int = 4, seed: int = 0
     ) -> None:
+        if "@" in url.rpartition("://")[2].partition("/")[0]:
+            raise InputError("url must hold no name and no password before its host: secrets belong into a token.")
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise InputError(f"url must be http://HOST:PORT or https://HOST, but got {url!r}.")
-        if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
-            raise InputError(f"retries must be a whole number of at least 0, but got {retries!r}.")
+        if token and not (str(token).isascii() and str(token).isprintable()):
+            raise InputError("The token must be of printable ASCII characters: others cannot be sent.")
         try:
             self.timeout = checks.number("timeout", timeout, above=0)
         except (TypeError, ValueError) as error:
             raise InputError(str(error)) from error
         self.url = url.rstrip("/")
-        self.retries = retries
+        self.retries = checks.whole_number("retries", retries, low=0)
         self.counts: Counter[str] = Counter()
         self._headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if token:
@@ -235,17 +237,6 @@ def all_at_once(call: Callable[[T], U], items: Sequence[T], threads: int) -> lis
     if len(errors) == len(items):
         raise errors[-1]
     return results
-
-
-def positive(name: str, value: int) -> int:
-    """The same.
-
-    Raises:
-        InputError: It is no positive whole number.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"{name} must be a positive whole number, but got {value!r}.")
-    return value
 
 
 def as_png(picture: Tensor, size: int | None = None) -> bytes:

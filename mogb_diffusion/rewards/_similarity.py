@@ -5,13 +5,13 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from mogb_diffusion import checks
 from mogb_diffusion.prompts import Prompt
 from mogb_diffusion.rewards._clip import (
     PREPROCESSING,
     Clip,
     Pictures,
     Preprocessing,
-    checked_batch_size,
     score_in_batches,
 )
 
@@ -27,7 +27,7 @@ class Similarity:
     def __init__(self, clip: Clip, factor: float, batch_size: int) -> None:
         self.clip = clip
         self.factor = factor
-        self.batch_size = checked_batch_size(batch_size)
+        self.batch_size = checks.whole_number("batch_size", batch_size)
 
     def __call__(self, images: Pictures, prompts: Sequence[Prompt]) -> Tensor:
         """The rewards ``[B]``, float32 on the CPU.

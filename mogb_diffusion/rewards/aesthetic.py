@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mogb_diffusion import checks
 from mogb_diffusion.errors import InputError
 from mogb_diffusion.prompts import Prompt
 from mogb_diffusion.rewards._clip import (
     Pictures,
     bicubic_crop,
-    checked_batch_size,
     linear_head,
     load_clip,
     read_checkpoint,
@@ -46,7 +46,7 @@ class Aesthetic:
                 "The aesthetic reward needs weights=PATH, the file sac+logos+ava1-l14-linearMSE.pth of the repository "
                 "christophschuhmann/improved-aesthetic-predictor."
             )
-        self.batch_size = checked_batch_size(batch_size)
+        self.batch_size = checks.whole_number("batch_size", batch_size)
         self.clip = load_clip(model, model, device, dtype, offload)
         try:
             self.head = linear_head(read_checkpoint(Path(weights))).to(self.clip.device)

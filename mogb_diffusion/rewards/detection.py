@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from mogb_diffusion import checks
 from mogb_diffusion.errors import InputError
 from mogb_diffusion.prompts import Prompt, in_batches
 from mogb_diffusion.rewards._clip import (
@@ -24,7 +25,6 @@ from mogb_diffusion.rewards._clip import (
     as_device,
     as_dtype,
     bicubic_crop,
-    checked_batch_size,
     eight_bit,
     import_transformers,
     load_clip,
@@ -204,7 +204,7 @@ class GenEval:
         if not 1 <= short_side <= long_side:
             raise InputError(f"short_side and long_side must be 1 <= short <= long, but got {short_side}, {long_side}.")
         self.metric = metric
-        self.batch_size = checked_batch_size(batch_size)
+        self.batch_size = checks.whole_number("batch_size", batch_size)
         self.weights = _load_model(model, device, dtype, offload)
         self.detector = Detector(self.weights, short_side, long_side)
         self._clip = (clip, clip, device, dtype, offload)

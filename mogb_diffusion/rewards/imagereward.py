@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mogb_diffusion import checks
 from mogb_diffusion.errors import InputError
 from mogb_diffusion.prompts import Prompt
 from mogb_diffusion.rewards._clip import (
@@ -26,7 +27,6 @@ from mogb_diffusion.rewards._clip import (
     as_device,
     as_dtype,
     bicubic_crop,
-    checked_batch_size,
     fetch,
     import_transformers,
     linear_head,
@@ -83,7 +83,7 @@ class ImageReward:
         batch_size: int = 16,
         offload: bool = False,
     ) -> None:
-        self.batch_size = checked_batch_size(batch_size)
+        self.batch_size = checks.whole_number("batch_size", batch_size)
         self.weights, self.words, self._one_at_a_time = _load(weights, tokenizer, device, dtype, offload)
 
     @torch.no_grad()

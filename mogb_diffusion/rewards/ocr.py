@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mogb_diffusion import checks
 from mogb_diffusion.errors import InputError
 from mogb_diffusion.prompts import Prompt
 from mogb_diffusion.rewards._clip import Pictures, eight_bit
@@ -44,12 +45,9 @@ class Ocr:
     specialist = True
 
     def __init__(self, backend: str = "rapidocr", threads: int = 1, workers: int = 1) -> None:
-        if isinstance(threads, bool) or not isinstance(threads, int) or threads < 0:
-            raise InputError(f"threads must be a whole number of at least 0, but got {threads!r}.")
-        if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
-            raise InputError(f"workers must be a positive whole number, but got {workers!r}.")
+        threads = checks.whole_number("threads", threads, low=0)
         self.backend = backend
-        self.workers = workers
+        self.workers = checks.whole_number("workers", workers)
         self._readers: queue.SimpleQueue[Reader] = queue.SimpleQueue()
         for _ in range(workers):
             self._readers.put(_reader(backend, threads))

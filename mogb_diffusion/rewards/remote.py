@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mogb_diffusion import checks
 from mogb_diffusion.errors import InputError
 from mogb_diffusion.prompts import Prompt, in_batches
 from mogb_diffusion.rewards._clip import Pictures, eight_bit
-from mogb_diffusion.rewards._http import Client, RemoteError, all_at_once, as_png, positive
+from mogb_diffusion.rewards._http import Client, RemoteError, all_at_once, as_png
 
 TOKEN_VARIABLE = "MOGB_REWARD_TOKEN"
 REMEMBERED = 65536  # prompts
@@ -64,8 +65,8 @@ class Remote:
         seed: int = 0,
     ) -> None:
         self.client = Client(url, token=find_token(token, token_file), timeout=timeout, retries=retries, seed=seed)
-        self.concurrency = positive("concurrency", concurrency)
-        positive("batch", batch)
+        self.concurrency = checks.whole_number("concurrency", concurrency)
+        checks.whole_number("batch", batch)
         try:
             info = self.client.get("/info")
             limits = info["limits"]

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mogb_diffusion import checks
 from mogb_diffusion.errors import InputError
 from mogb_diffusion.prompts import Prompt
 from mogb_diffusion.rewards import Reward
@@ -59,8 +60,7 @@ def measure(reward: Reward, prompts: Sequence[Prompt] | None = None, pictures: i
     Raises:
         InputError: The reward applies to none of the prompts, or ``pictures`` is no positive whole number.
     """
-    if isinstance(pictures, bool) or not isinstance(pictures, int) or pictures < 1:
-        raise InputError(f"pictures must be a positive whole number, but got {pictures!r}.")
+    checks.whole_number("pictures", pictures)
     size = getattr(reward, "picture_size", SIZE)
     applies = getattr(reward, "applies", lambda prompt: True)
     fitting = [prompt for prompt in (_known(size, seed) if prompts is None else prompts) if applies(prompt)]

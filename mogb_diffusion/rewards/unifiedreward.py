@@ -22,7 +22,7 @@ from mogb_diffusion import checks
 from mogb_diffusion.errors import InputError
 from mogb_diffusion.prompts import Prompt
 from mogb_diffusion.rewards._clip import Pictures, eight_bit
-from mogb_diffusion.rewards._http import Client, RemoteError, all_at_once, as_png, positive
+from mogb_diffusion.rewards._http import Client, RemoteError, all_at_once, as_png
 
 # The question that UnifiedReward-7b-v1.5 was trained on: scores of another one cannot be compared with published ones.
 TEMPLATE = (
@@ -94,8 +94,9 @@ class UnifiedReward:
             raise InputError(f"pattern must have one group, the points, but {pattern!r} has {self.pattern.groups}.")
         self.low, self.high = checks.number("low", low), checks.number("high", high, above=low)
         self.model, self.template = model, template
-        self.matches, self.concurrency = positive("matches", matches), positive("concurrency", concurrency)
-        self.size = None if size is None else positive("size", size)
+        self.matches = checks.whole_number("matches", matches)
+        self.concurrency = checks.whole_number("concurrency", concurrency)
+        self.size = None if size is None else checks.whole_number("size", size)
         self.client = Client(url, token=os.environ.get(key_variable), timeout=timeout, retries=retries, seed=seed)
 
     @property
