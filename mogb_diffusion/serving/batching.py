@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mogb_diffusion import checks
 from mogb_diffusion.prompts import Prompt
 from mogb_diffusion.rewards import Reward
 from mogb_diffusion.serving.messages import RequestError
@@ -55,15 +56,19 @@ class Batcher:
         reward: The reward.
         batch: Pictures at once, at most.
         wait: Seconds that a batch which is not full waits for more.
-        queue: Pictures that may wait, or be scored, at a time.
+        queue: Pictures that may wait, or be scored, at a time; so no request may have more.
 
     Attributes:
         counts: ``pictures``, ``batches``, and ``failed batches``.
+
+    Raises:
+        InputError: ``batch`` or ``queue`` is no positive whole number.
     """
 
     def __init__(self, reward: Reward, *, batch: int = 32, wait: float = 0.005, queue: int = 512) -> None:
         self.reward = reward
-        self.batch, self.wait, self.queue = batch, wait, queue
+        self.batch, self.queue = checks.whole_number("batch", batch), checks.whole_number("queue", queue)
+        self.wait = wait
         self.counts: Counter[str] = Counter()
         self._items: deque[_Item] = deque()
         self._changed = threading.Condition()
@@ -103,8 +108,10 @@ class Batcher:
         """Room in the queue, before anything is decoded.
 
         Raises:
-            RequestError: There is none now (503).
+            RequestError: There is none now (503), or never will be (413).
         """
+        if pictures > self.queue:
+            raise RequestError(413, "too_many", f"{pictures} pictures are more than {self.queue}: send fewer.")
         with self._changed:
             if self._closing or self._reserved + pictures > self.queue:
                 seconds = math.ceil(min(60.0, max(1.0, self._reserved * self._seconds)))

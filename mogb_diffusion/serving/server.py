@@ -1,21 +1,26 @@
 """The HTTP server around one reward: GET /health, GET /info, POST /score, POST /applies.
 
 One request a connection. What a stranger can make it do is bounded: connections, the time in which headers and body
-must have come, their sizes, and the queue. The token is compared before a body is read. A request must say
-``Content-Type: application/json``, which a page in a browser cannot send to another origin unasked.
+must have come, their sizes, and the queue. The token is compared before a body is read.
+
+A page in a browser on this machine reaches the server too. A request must say ``Content-Type: application/json``, which
+a page cannot send to another origin unasked; but one whose name is made to point here (DNS rebinding) has the origin of
+the server. So, where no token stands in the way, the ``Host`` of a request must be this machine by name or by address,
+and so must its ``Origin``, if it has one.
 """
 
 import hmac
 import io
 import ipaddress
 import json
+import re
 import socket
 import socketserver
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -34,6 +39,7 @@ from mogb_diffusion.serving.messages import (
 
 SHORTEST_TOKEN = 16
 LINGER = 2.0  # seconds, after an answer that came before the end of the body
+LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 PATHS = ("/health", "/info", "/score", "/applies")
 
 
@@ -45,7 +51,7 @@ class Settings:
         limits: Of one request.
         batch: Pictures that the reward gets at once, at most.
         wait: Seconds that a batch which is not full waits for more.
-        queue: Pictures that may wait at a time.
+        queue: Pictures that may wait at a time; so no request may have more, whatever ``limits`` say.
         connections: At a time; further ones are told to come again.
         header_timeout: Seconds in which the headers of a request must have come,
         body_timeout: and its body.
@@ -70,7 +76,7 @@ class RewardServer:
         name: What it is called.
         host: The address to listen on. Every other than this machine's own needs a token.
         port: 0 takes a free one.
-        token: What clients must know; None lets everybody on this machine in.
+        token: What clients must know; None lets everybody on this machine in, but no page of a browser.
         settings: Limits.
 
     Attributes:
@@ -103,13 +109,15 @@ class RewardServer:
         self.reward, self.name = reward, name
         self.counts: Counter[str] = Counter()
         self.token = token
+        self.names = LOCAL | {address.partition("%")[0]}
         self.lock = threading.Lock()
         self.working = 0  # requests that are being answered
+        self.batcher = Batcher(reward, batch=self.settings.batch, wait=self.settings.wait, queue=self.settings.queue)
         try:
             self._http = _Server(self, (address, port), family)
         except OSError as error:
+            self.batcher.close()
             raise InputError(f"{host}:{port} cannot be listened on: {error.strerror or error}.") from error
-        self.batcher = Batcher(reward, batch=self.settings.batch, wait=self.settings.wait, queue=self.settings.queue)
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
 
     @property
@@ -158,12 +166,13 @@ class RewardServer:
         return {"status": "ok", "waiting": self.batcher.waiting}
 
     def info(self) -> dict[str, Any]:
-        """What is served."""
+        """What is served, and the most that one request may hold."""
+        limits = replace(self.settings.limits, pictures=min(self.settings.limits.pictures, self.settings.queue))
         return {
             "reward": self.name,
             "specialist": bool(getattr(self.reward, "specialist", False)),
             "applies": hasattr(self.reward, "applies"),
-            "limits": asdict(self.settings.limits),
+            "limits": asdict(limits),
         }
 
     def score(self, body: bytes) -> dict[str, Any]:
@@ -276,6 +285,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             try:
                 self.unread = self._length() or 0
+                self._refuse_pages()
                 status, payload, headers = 200, self._find(paths)(), {}
             except RequestError as error:
                 status, payload, headers = error.status, error.payload(), error.headers
@@ -293,6 +303,19 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path in PATHS:
             raise RequestError(405, "bad_method", f"{self.command} is not for {self.path}.")
         raise RequestError(404, "not_found", f"There are {', '.join(PATHS)}.")
+
+    def _refuse_pages(self) -> None:
+        """Without a token: refuses what a page in a browser may have sent."""
+        owner = self.server.owner
+        if owner.token is not None:
+            return
+        hosts = self.headers.get_all("Host", [])
+        if len(hosts) != 1 or not _is_one_of(owner.names, hosts[0]):
+            raise RequestError(403, "bad_host", "Without a token the Host must be localhost, 127.0.0.1 or [::1].")
+        for origin in self.headers.get_all("Origin", []):
+            scheme, _, authority = origin.partition("://")
+            if scheme not in ("http", "https") or not _is_one_of(owner.names, authority):
+                raise RequestError(403, "bad_origin", "Without a token the Origin must be of this machine.")
 
     def _trusted(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The work, for somebody who knows the token."""
@@ -385,6 +408,12 @@ def check_token(token: str) -> None:
             f"The token must have at least {SHORTEST_TOKEN} letters, digits or signs and no spaces. One is made by "
             "python -c 'import secrets; print(secrets.token_urlsafe(32))'."
         )
+
+
+def _is_one_of(names: Collection[str], authority: str) -> bool:
+    """Whether ``HOST`` or ``HOST:PORT`` has one of these hosts, at any port."""
+    found = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([^\s:\[\]]+))(?::[0-9]{0,5})?", authority.strip().lower())
+    return found is not None and (found[1] or found[2]) in names
 
 
 def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, str]:

@@ -24,7 +24,7 @@ from mogb_diffusion.rewards import _http, load
 from mogb_diffusion.rewards._http import RemoteError, as_png
 from mogb_diffusion.rewards.throughput import examples, measure
 from mogb_diffusion.scoring import Scorer
-from mogb_diffusion.serving import Limits, RequestError, RewardServer, Settings
+from mogb_diffusion.serving import Batcher, Limits, RequestError, RewardServer, Settings
 from mogb_diffusion.serving.messages import decode_png, parse_json
 from mogb_diffusion.world.captions import sample_prompts
 
@@ -227,6 +227,18 @@ class TestBatching:
             assert first.result()[0] == 200
             assert ask(server, payload=items(pictures(1), [Prompt("a")]))[0] == 200
 
+    def test_a_queue_that_is_shorter_than_a_request_is_advertised_and_too_many_are_refused_for_good(self):
+        reward = Recorder()
+        with serving(reward, settings=Settings(queue=3)) as server:
+            assert ask(server, "/info")[1]["limits"]["pictures"] == 3
+            status, payload, headers = ask(server, payload=items(pictures(4), [Prompt("a")] * 4))
+            assert (status, payload["error"]["code"], headers["Retry-After"]) == (413, "too_many", None)
+            remote = load("remote", url=server.url, batch=16, concurrency=1, retries=0)
+            assert torch.equal(remote(pictures(7), [Prompt("a")] * 7), brightness(pictures(7) / 255, 0))
+        assert reward.batches == [3, 3, 1]
+        with pytest.raises(InputError, match="queue must be a positive whole number, but got 0"):
+            Batcher(reward, queue=0)
+
     def test_a_reward_that_hangs_is_said_and_its_queue_is_cleared(self):
         reward = Recorder()
         reward.go.clear()
@@ -385,11 +397,112 @@ class TestToken:
         with pytest.raises(InputError, match="The token must have at least 16"):
             serving(brightness, token=token)
 
+    def test_one_of_digits_alone_may_be_a_number_to_yaml(self):
+        with serving(brightness, token="1234567890123456") as server:
+            assert load("remote", url=server.url, token=1234567890123456).name == "test"
+
     def test_a_port_that_is_taken_is_said(self):
         with serving(brightness) as server:
             port = int(server.url.rsplit(":", 1)[1])
             with pytest.raises(InputError, match="cannot be listened on"):
                 serving(brightness, port=port)
+
+
+class TestPages:
+    """What a page in a browser on this machine may send: it chooses its own name, but not the headers about it."""
+
+    @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.0.0.1:99", "[::1]:8600", "[::1]", "LocalHost:1"])
+    def test_this_machine_may_ask(self, host):
+        with serving(brightness) as server:
+            assert ask(server, "/info", headers={"Host": host})[0] == 200
+            assert ask(server, "/info", headers={"Host": host, "Origin": f"http://{host}"})[0] == 200
+
+    @pytest.mark.parametrize(
+        "host", ["rebound.example:8600", "", "127.0.0.1.rebound.example", "localhost@rebound.example", "[::1", "[::2]"]
+    )
+    def test_a_name_that_points_here_is_refused(self, host):
+        reward = Recorder()
+        with serving(reward) as server:
+            for path, payload in (("/score", items(pictures(1), [Prompt("a")])), ("/info", None), ("/health", None)):
+                status, answer, _ = ask(server, path, payload, headers={"Host": host})
+                assert (status, answer["error"]["code"]) == (403, "bad_host")
+        assert reward.batches == []
+
+    @pytest.mark.parametrize(
+        "origin", ["http://rebound.example", "null", "", "file://localhost", "http://localhost.io"]
+    )
+    def test_another_origin_is_refused(self, origin):
+        reward = Recorder()
+        with serving(reward) as server:
+            payload = items(pictures(1), [Prompt("a")])
+            status, answer, _ = ask(server, payload=payload, headers={"Origin": origin})
+            assert (status, answer["error"]["code"]) == (403, "bad_origin")
+        assert reward.batches == []
+
+    def test_two_names_are_refused_and_none(self):
+        with serving(brightness) as server:
+            for head in (b"", b"Host: localhost\r\nHost: rebound.example\r\n"):
+                request = b"GET /info HTTP/1.1\r\n" + head + b"\r\n"
+                assert send(server.url, _hostile.Hostile("names", request, (403,)))[0] == 403
+
+    def test_with_a_token_names_do_not_count(self):
+        headers = {"Host": "rewards.example", "Origin": "null", "Authorization": f"Bearer {TOKEN}"}
+        with serving(brightness, token=TOKEN) as server:
+            assert ask(server, "/info", headers=headers)[0] == 200
+
+    def test_the_address_it_listens_on_is_its_own(self):
+        with serving(brightness, host="127.0.0.2") as server:
+            assert load("remote", url=server.url, retries=0).name == "test"
+            assert ask(server, "/info", headers={"Host": "127.0.0.3"})[0] == 403
+
+
+class TestSecrets:
+    """``load`` tells what it was given, but not its secrets."""
+
+    @pytest.mark.parametrize(
+        ("options", "shown"),
+        [
+            ({"token": "s3cr3t-of-mine", "retries": 0}, "'token': '***', 'retries': 0}"),
+            ({"retries": -1, "apiKey": "s3cr3t", "api_keys": ["s3cr3t"], "PASSWORD": 53}, "'PASSWORD': '***'}"),
+            ({"deep": [{"secret": {"a": "s3cr3t"}}], "token_file": "file.txt"}, "'token_file': 'file.txt'}"),
+            ({"token": "s3cr3t\nmine", "retries": 0}, "'token': '***', 'retries': 0}"),
+            ({"token": None, "tokenizer": "words"}, "'token': None, 'tokenizer': 'words'}"),
+        ],
+    )
+    def test_options_that_hold_them_are_hidden(self, options, shown):
+        with pytest.raises(InputError, match="cannot be made with") as caught:
+            load("remote", url="http://127.0.0.1:1", **options)
+        assert shown in str(caught.value)
+        assert "s3cr3t" not in str(caught.value)
+        assert "53" not in str(caught.value)
+
+    @pytest.mark.parametrize("url", ["http://me:s3cr3t@127.0.0.1:1", "me:s3cr3t@127.0.0.1"])
+    def test_a_login_in_a_url_is_hidden(self, url):
+        with pytest.raises(InputError, match="url must hold no name and no password") as caught:
+            load("remote", url=url, retries=0)
+        assert "s3cr3t" not in str(caught.value)
+
+    def test_a_reward_that_quotes_one_is_not_quoted(self):
+        with pytest.raises(InputError, match=r"\*\*\*.* is no key") as caught:
+            load(f"{__name__}:Quoting", key="s3cr3t of  mine")
+        assert "s3cr3t" not in str(caught.value)
+
+    def test_a_function_that_takes_none_does_not_tell_them(self):
+        with pytest.raises(InputError, match=r"takes no options, but got \{'token': '\*\*\*'\}"):
+            load(f"{__name__}:brightness", token="s3cr3t")
+
+    @pytest.mark.parametrize("option", ["token:s3cr3t", 'token="s3cr3t', "token=s3cr3t"])
+    def test_the_command_does_not_print_them(self, option, capsys):
+        arguments = ["--option", "url=http://127.0.0.1:1", "--option", "retries=0", "--option", option]
+        assert main(["serve-reward", "remote", *arguments]) == 2
+        told = capsys.readouterr()
+        assert "s3cr3t" not in told.out + told.err
+        assert "--option" in told.err or "'token': '***'" in told.err
+
+
+class Quoting:
+    def __init__(self, key):
+        raise ValueError(f"{key!r} is no key")
 
 
 def send(url, case, seconds=10.0):
@@ -486,7 +599,8 @@ def test_clients_that_drip_are_given_up_and_others_go_on():
         slow = [socket.create_connection((host, int(port)), timeout=5) for _ in range(8)]
         for connection in slow:
             connection.sendall(
-                b"POST /score HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
+                b"POST /score HTTP/1.1\r\nHost: localhost\r\n"
+                b"Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
             )
         wait_for(lambda: server.working == 8)
         begun = time.monotonic()
