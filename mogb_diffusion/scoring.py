@@ -22,6 +22,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from mogb_diffusion import config
+from mogb_diffusion.errors import InputError
 from mogb_diffusion.prompts import Prompt, in_batches
 from mogb_diffusion.rewards import Reward, load
 
@@ -37,6 +38,7 @@ class _Job:
     started: float = 0.0  # of the present attempt; 0 before it
     answer: Tensor | None = None
     error: str = ""
+    errors: int = 1  # calls that failed, if there is one
     retries: int = 0
     seconds: float = 0.0
 
@@ -60,7 +62,7 @@ class _Worker(threading.Thread):
                     job.error = ""
                     break
                 except BaseException as error:  # a reward may fail in any way, and the run goes on
-                    job.error = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                    job.error = _told(error)
                 if self.retired:
                     return
             job.seconds = time.monotonic() - begun
@@ -117,9 +119,17 @@ class Scorer:
         return ""
 
     def submit(self, images: Tensor, prompts: Sequence[Prompt]) -> None:
-        """Hands over pictures ``[B, 3, H, W]`` and goes on."""
+        """Hands over pictures ``[B, 3, H, W]`` and goes on.
+
+        A reward whose ``applies`` raises has failed at these pictures, once in a row, however many they are.
+        """
         for name, reward in self.rewards.items():
-            chosen = [n for n, prompt in enumerate(prompts) if _applies(name, reward, prompt)]
+            chosen, failed, error = _choose(name, reward, prompts)
+            if failed:
+                columns = [self._size + n for n in failed]
+                job = _Job(images[:0], [prompts[n] for n in failed], columns, error=error, errors=len(failed))
+                job.done.set()
+                self._jobs.append((name, job))
             for part in in_batches(chosen, self.batch_sizes.get(name) or max(1, len(chosen))):
                 job = _Job(images[list(part)], [prompts[n] for n in part], [self._size + n for n in part])
                 self._jobs.append((name, job))
@@ -158,7 +168,7 @@ class Scorer:
         self.seconds += job.seconds
         counts["retries"] += job.retries
         if job.answer is None:
-            counts["errors"] += 1
+            counts["errors"] += job.errors
             self._failed(name, job.error, job)
             return None
         return self._cleaned(name, job, job.answer)
@@ -211,12 +221,43 @@ def make_scorer(
 
 
 def is_specialist(spec: config.Reward, reward: Any) -> bool:
-    """Whether a reward applies to some prompts only: as the configuration says, or else the reward."""
-    return bool(getattr(reward, "specialist", False)) if spec.specialist is None else spec.specialist
+    """Whether a reward applies to some prompts only: as the configuration says, or else the reward.
+
+    Raises:
+        InputError: The reward fails to say so.
+    """
+    if spec.specialist is not None:
+        return spec.specialist
+    try:
+        return bool(getattr(reward, "specialist", False))
+    except Exception as error:  # it is code of somebody's own
+        raise InputError(
+            f"The reward {spec.key!r} does not tell whether it is a specialist, but raises {_told(error)}. Say it in "
+            "the configuration: specialist: true, or false."
+        ) from error
 
 
-def _applies(name: str, reward: Any, prompt: Prompt) -> bool:
-    return prompt.allows(name) and (not hasattr(reward, "applies") or bool(reward.applies(prompt)))
+def _choose(name: str, reward: Any, prompts: Sequence[Prompt]) -> tuple[list[int], list[int], str]:
+    """The prompts that a reward applies to, those where it failed to say so, and why."""
+    answers = [_applies(name, reward, prompt) for prompt in prompts]
+    chosen = [n for n, answer in enumerate(answers) if answer is True]
+    failed = [n for n, answer in enumerate(answers) if isinstance(answer, str)]
+    return chosen, failed, str(answers[failed[-1]]) if failed else ""
+
+
+def _applies(name: str, reward: Any, prompt: Prompt) -> bool | str:
+    """Whether a reward applies to a prompt, or the error that it raised instead of an answer."""
+    if not prompt.allows(name):
+        return False
+    try:
+        return not hasattr(reward, "applies") or bool(reward.applies(prompt))
+    except Exception as error:  # a reward may fail in any way, and the run goes on
+        return f"applies: {_told(error)}"
+
+
+def _told(error: BaseException) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _checked(answer: Any, count: int) -> Tensor:

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import threading
 import time
@@ -156,6 +157,60 @@ def test_failures_in_a_row_break_the_run_and_a_success_starts_anew():
         assert bool(maker.broken) == expected
     assert "'moody' failed 3 times in a row" in maker.broken
     assert "RuntimeError: no" in maker.broken
+
+
+class Undecided:
+    """Fails to say whether it applies to some prompts, or to all of them."""
+
+    def __init__(self, to=("prompt 0", "prompt 2")):
+        self.to = to
+
+    def applies(self, prompt):
+        if prompt.text in self.to:
+            raise KeyError("include")
+        return prompt.text != "prompt 5"
+
+    def __call__(self, images, prompts):
+        return torch.ones(len(prompts))
+
+
+def test_a_reward_that_fails_to_say_whether_it_applies_costs_those_prompts_and_is_counted():
+    maker = scorer(config.Scoring(max_failures=2), undecided=Undecided(), fine=brightness)
+    for _ in range(3):
+        found = score(maker)
+        assert found.isnan().tolist() == [[True, False, True, False, False, True], [False] * 6]
+        assert maker.counts == {
+            "undecided": {"errors": 2, "retries": 0, "inf": 0, "nan": 0}, "fine": {"retries": 0, "inf": 0, "nan": 0},
+        }  # fmt: skip
+        assert maker.messages == ["reward undecided: applies: KeyError: 'include'; 2 pictures have no signal from it"]
+        assert maker.broken == ""  # the other prompts were scored
+    assert score(maker, times=2)[0].isnan().tolist() == [True, False, True, False, False, True] * 2
+
+
+def test_a_reward_that_never_says_whether_it_applies_breaks_the_run():
+    maker = scorer(config.Scoring(max_failures=2), undecided=Undecided([prompt.text for prompt in PROMPTS]))
+    for expected in (False, True):
+        assert score(maker).isnan().all()
+        assert maker.counts["undecided"]["errors"] == 6
+        assert bool(maker.broken) == expected
+    assert "applies: KeyError: 'include'" in maker.broken
+
+
+class Coy:
+    @property
+    def specialist(self):
+        raise RuntimeError("ask later")
+
+    def __call__(self, images, prompts):
+        return torch.ones(len(prompts))
+
+
+def test_a_reward_that_fails_to_say_whether_it_is_a_specialist_is_named():
+    spec = config.Reward(name=f"{__name__}:Coy", label="coy")
+    with pytest.raises(InputError, match=r"'coy' does not tell .* raises RuntimeError: ask later.*specialist: true"):
+        make_scorer([spec], config.Scoring())
+    made = make_scorer([dataclasses.replace(spec, specialist=True)], config.Scoring())
+    assert made.special == {"coy"}
 
 
 def test_nan_of_a_specialist_without_applies_is_no_failure():
