@@ -8,6 +8,7 @@ import csv
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mogb_diffusion.errors import InputError
-from mogb_diffusion.prompts import Prompt, read_prompts
+from mogb_diffusion.prompts import LineError, Prompt, as_object, read_prompts, rewards_and_metadata
 
 MAPPING = "prompts.jsonl"
 _MAPPINGS = (MAPPING, "prompts.csv", "metadata.jsonl", "metadata.csv")
@@ -169,8 +170,11 @@ def _read_mapping(path: Path) -> Iterator[tuple[str, Prompt, str]]:
     if path.suffix.lower() == ".csv":
         rows = [(number, dict(row)) for number, row in enumerate(csv.DictReader(text.splitlines()), 2)]
     elif path.suffix.lower() == ".jsonl":
-        rows = [(number, _object(line, f"{path}:{number}"))
-                for number, line in enumerate(text.splitlines(), 1) if line.strip()]  # fmt: skip
+        rows = []
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                with _placed(f"{path}:{number}"):
+                    rows.append((number, as_object(line)))
     else:
         raise InputError(f"{path}: prompts of pictures come from a .jsonl or .csv file with a line per picture.")
     for number, row in rows:
@@ -188,26 +192,24 @@ def _prompt_of(row: dict[str, Any], where: str) -> Prompt:
     text = row.pop("prompt", None) or row.pop("text", None)
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"{where}: prompt must be a text that is not empty, but is {text!r}.")
-    target, rewards, metadata = row.pop("target_text", None), row.pop("rewards", None), row.pop("metadata", {})
+    target = row.pop("target_text", None)
+    with _placed(where):
+        rewards, metadata = rewards_and_metadata(row)
     quoted = re.search(r'"([^"]+)"', text)
     target = quoted[1] if target is None and quoted else target
     if target is not None and not isinstance(target, str):
         raise InputError(f"{where}: target_text must be a text, but is {target!r}.")
-    if rewards is not None and not (isinstance(rewards, list) and all(isinstance(name, str) for name in rewards)):
-        raise InputError(f"{where}: rewards must be a list of names, but is {rewards!r}.")
-    if not isinstance(metadata, dict):
-        raise InputError(f"{where}: metadata must be an object, but is {metadata!r}.")
-    return Prompt(text.strip(), None if rewards is None else tuple(rewards), row | metadata, target)
+    rest = {key: value for key, value in row.items() if key not in ("rewards", "metadata")}
+    return Prompt(text.strip(), rewards, rest | metadata, target)
 
 
-def _object(line: str, where: str) -> dict[str, Any]:
+@contextmanager
+def _placed(where: str) -> Iterator[None]:
+    """Says where a line is that something is wrong with."""
     try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{where}: this is no JSON: {error}.") from None
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: a line must be a JSON object, but is {type(row).__name__}.")
-    return row
+        yield
+    except LineError as error:
+        raise InputError(f"{where}: {error}") from None
 
 
 def _some(names: Sequence[str]) -> str:

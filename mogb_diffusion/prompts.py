@@ -72,7 +72,7 @@ def read_prompts(path: str | Path, format: str = "auto", *, rewards: Sequence[st
     for number, line in numbered:
         try:
             prompt = _READERS[format](line)
-        except _LineError as error:
+        except LineError as error:
             raise InputError(f"{path}:{number}: {error}") from None
         prompts.append(prompt if prompt.rewards is not None else replace(prompt, rewards=applying))
     return prompts
@@ -153,7 +153,7 @@ class PromptMixture:
         return quotas
 
 
-class _LineError(Exception):
+class LineError(Exception):
     """What is wrong with a line."""
 
 
@@ -173,10 +173,10 @@ def _from_text(line: str) -> Prompt:
 
 
 def _from_geneval(line: str) -> Prompt:
-    row = _as_object(line)
+    row = as_object(line)
     text = _text(row, "prompt")
     if row.get("tag") not in _GENEVAL_TAGS:
-        raise _LineError(f"tag must be one of {', '.join(_GENEVAL_TAGS)}, but is {row.get('tag')!r}.")
+        raise LineError(f"tag must be one of {', '.join(_GENEVAL_TAGS)}, but is {row.get('tag')!r}.")
     for key in ("include", "exclude"):
         _check_clauses(key, row.get(key, [] if key == "exclude" else None))
     return Prompt(text, metadata={key: value for key, value in row.items() if key != "prompt"})
@@ -184,51 +184,66 @@ def _from_geneval(line: str) -> Prompt:
 
 def _check_clauses(key: str, clauses: Any) -> None:
     if not isinstance(clauses, list) or (key == "include" and not clauses):
-        raise _LineError(f"{key} must be a list of objects with class and count, but is {clauses!r}.")
+        raise LineError(f"{key} must be a list of objects with class and count, but is {clauses!r}.")
     for clause in clauses:
         if not isinstance(clause, dict) or not isinstance(clause.get("class"), str):
-            raise _LineError(f"{key} must hold objects with a class, but holds {clause!r}.")
+            raise LineError(f"{key} must hold objects with a class, but holds {clause!r}.")
         if isinstance(clause.get("count"), bool) or not isinstance(clause.get("count"), int) or clause["count"] < 1:
-            raise _LineError(f"{key} needs a count >= 1 for {clause['class']!r}, but has {clause.get('count')!r}.")
+            raise LineError(f"{key} needs a count >= 1 for {clause['class']!r}, but has {clause.get('count')!r}.")
         position = clause.get("position")
         if position is not None and not (isinstance(position, list) and len(position) == 2):
-            raise _LineError(f"position must be a relation and the number of a clause, but is {position!r}.")
+            raise LineError(f"position must be a relation and the number of a clause, but is {position!r}.")
 
 
 def _from_jsonl(line: str) -> Prompt:
-    row = _as_object(line)
+    row = as_object(line)
     unknown = sorted(set(row) - {"prompt", "rewards", "target_text", "metadata"})
     if unknown:
-        raise _LineError(
+        raise LineError(
             f"unknown key {unknown[0]!r}. Known ones: prompt, rewards, target_text, metadata (put more into metadata)."
         )
     text = _text(row, "prompt")
-    rewards, metadata = row.get("rewards"), row.get("metadata", {})
-    if rewards is not None and not (isinstance(rewards, list) and all(isinstance(name, str) for name in rewards)):
-        raise _LineError(f"rewards must be a list of names, but is {rewards!r}.")
-    if not isinstance(metadata, dict):
-        raise _LineError(f"metadata must be an object, but is {metadata!r}.")
+    rewards, metadata = rewards_and_metadata(row)
     target = _text(row, "target_text") if row.get("target_text") is not None else None
-    return Prompt(text, None if rewards is None else tuple(rewards), metadata, target)
+    return Prompt(text, rewards, metadata, target)
 
 
 _READERS: dict[str, Callable[[str], Prompt]] = {"text": _from_text, "geneval": _from_geneval, "jsonl": _from_jsonl}
 
 
-def _as_object(line: str) -> dict[str, Any]:
+def as_object(line: str) -> dict[str, Any]:
+    """The JSON object of a line.
+
+    Raises:
+        LineError: It is something else.
+    """
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise _LineError(f"this is no JSON: {error}.") from None
+        raise LineError(f"this is no JSON: {error}.") from None
     if not isinstance(row, dict):
-        raise _LineError(f"a line must be a JSON object, but is {type(row).__name__}.")
+        raise LineError(f"a line must be a JSON object, but is {type(row).__name__}.")
     return row
+
+
+def rewards_and_metadata(row: dict[str, Any]) -> tuple[tuple[str, ...] | None, dict[str, Any]]:
+    """The keys ``rewards`` and ``metadata`` of a generic line.
+
+    Raises:
+        LineError: One of them is something else.
+    """
+    rewards, metadata = row.get("rewards"), row.get("metadata", {})
+    if rewards is not None and not (isinstance(rewards, list) and all(isinstance(name, str) for name in rewards)):
+        raise LineError(f"rewards must be a list of names, but is {rewards!r}.")
+    if not isinstance(metadata, dict):
+        raise LineError(f"metadata must be an object, but is {metadata!r}.")
+    return None if rewards is None else tuple(rewards), metadata
 
 
 def _text(row: dict[str, Any], key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str) or not value.strip():
-        raise _LineError(f"{key} must be a text that is not empty, but is {value!r}.")
+        raise LineError(f"{key} must be a text that is not empty, but is {value!r}.")
     return value.strip()
 
 
