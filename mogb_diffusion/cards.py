@@ -5,9 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mogb_diffusion.config import Run, to_yaml
+from mogb_diffusion.config import Run
 from mogb_diffusion.errors import InputError
-from mogb_diffusion.results import EVALUATION, Record, change, read_record, versions
+from mogb_diffusion.evaluation import evaluation_sampling, own_record
+from mogb_diffusion.headers import file_name, is_hub_name, reward_keys, scrubbed
+from mogb_diffusion.results import EVALUATION, Record, read_record, table, versions
 from mogb_diffusion.tracking import METRICS, read_metrics
 from mogb_diffusion.trained import Trained
 
@@ -29,23 +31,23 @@ from diffusers import StableDiffusion3Pipeline
 
 pipe = StableDiffusion3Pipeline.from_pretrained("{model}", torch_dtype=torch.bfloat16).to("cuda")
 pipe.load_lora_weights("{place}")
-image = pipe("{prompt}", num_inference_steps={steps}, guidance_scale={guidance}{size}).images[0]""",
+image = pipe("{prompt}", {how}).images[0]""",
     "pipeline": """import torch
 from diffusers import StableDiffusion3Pipeline
 
 pipe = StableDiffusion3Pipeline.from_pretrained("{place}", torch_dtype=torch.bfloat16).to("cuda")
-image = pipe("{prompt}", num_inference_steps={steps}, guidance_scale={guidance}{size}).images[0]""",
+image = pipe("{prompt}", {how}).images[0]""",
     "transformer": """import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
 transformer = SD3Transformer2DModel.from_pretrained("{place}", subfolder="transformer", torch_dtype=torch.bfloat16)
 pipe = StableDiffusion3Pipeline.from_pretrained("{model}", transformer=transformer, torch_dtype=torch.bfloat16)
-image = pipe.to("cuda")("{prompt}", num_inference_steps={steps}, guidance_scale={guidance}{size}).images[0]""",
+image = pipe.to("cuda")("{prompt}", {how}).images[0]""",
     "tiny": """from mogb_diffusion.models import tiny
 
 pipe = tiny.{build}
 pipe.load_lora_weights("{place}")
-image = pipe("{prompt}", num_inference_steps={steps}, guidance_scale={guidance}, max_sequence_length=1).images[0]""",
+image = pipe("{prompt}", {how}).images[0]""",
 }
 
 
@@ -76,22 +78,23 @@ def card(
     trained: Trained, kind: str, place: str, command: str, scores: Record | None, pictures: Sequence[tuple[str, str]]
 ) -> str:
     """The page as Markdown with the head that the hub reads."""
-    run = trained.run
+    import yaml
+
+    run, told = trained.run, trained.described
     license, text = license_of(run.model.source)
-    after = f" after {trained.epoch} epochs ({trained.step} optimizer steps)" if trained.epoch is not None else ""
+    settings = yaml.safe_dump(told, sort_keys=False, allow_unicode=True, width=120)
+    heading = "Configuration" if trained.imported is None else "Configuration of the model, not of the training"
     parts = [
         _head(run, license, kind),
-        f"# {run.name}",
-        f"{_title(kind, run)} on {len(run.rewards)} reward{'s' * (len(run.rewards) > 1)} "
-        f"({', '.join(run.reward_names)}) with DiffusionNFT (arXiv 2509.16117), balanced by `{run.balancing.mode}` "
-        f"of [mogb](https://mogb.readthedocs.io){after}.",
-        f"## Use\n\n```python\n{_usage(run, kind, place)}\n```",
+        f"# {run.name if trained.imported is None else trained.name}",
+        f"{_title(kind, trained)}, {_training(trained, told)}.",
+        f"## Use\n\n```python\n{_usage(trained, kind, place)}\n```",
         _scores(scores) if scores else "",
         *(f"![{caption}]({name})\n\n{caption}." for name, caption in pictures),
         f"## License\n\n{text}",
         f"## How it was made\n\n```\n{command}\n```\n\n"
         + ", ".join(f"{name} {version}" for name, version in versions().items()) + ".",
-        f"<details><summary>Configuration</summary>\n\n```yaml\n{to_yaml(run)}```\n\n</details>",
+        f"<details><summary>{heading}</summary>\n\n```yaml\n{settings}```\n\n</details>",
     ]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -105,38 +108,32 @@ def license_of(model: str) -> tuple[dict[str, str], str]:
             link = link.format(model=model)
             text = f"The weights derive from [{model}](https://huggingface.co/{model}): its license, [{name}]({link}), "
             return {"license": license, "license_name": name, "license_link": link}, text + "applies to them."
-    return {"license": "other"}, f"The license of the base model, `{model}`, applies to these weights."
+    return {"license": "other"}, f"The license of the base model, `{_public(model)}`, applies to these weights."
 
 
 def final_scores(trained: Trained) -> Record | None:
     """The evaluation of these weights: that of ``evaluate`` where it is of this step, or else the run's own."""
     if trained.folder is None:
         return None
-    path = trained.folder / f"{EVALUATION}.json"
-    if path.is_file():
+    plain = trained.folder / f"{EVALUATION}.json"
+    others = sorted(path for path in trained.folder.glob(f"{EVALUATION}-checkpoint-*.json"))
+    for path in (plain, *others):
         try:
-            record = read_record(path)
+            record = read_record(path) if path.is_file() else {}
         except InputError:
-            record = {}
+            continue
         if "trained" in record and record.get("step") == trained.step:
             return record
     if not (trained.folder / METRICS).is_file():
         return None
-    rows = [row for row in read_metrics(trained.folder) if row["kind"] == "evaluation"]
-    last = [row for row in rows if row["step"] == trained.step]
-    if not last:
-        return None
-    first = [row for row in rows if row["step"] == 0]
-    trained_on = list(trained.run.reward_names)
-    record = {"prompts": "held-out prompts", "trained_on": trained_on, "trained": last[-1]["scores"]}
-    return record | ({"base": first[0]["scores"]} if first else {})
+    return own_record(read_metrics(trained.folder), trained.run, trained.name, trained.step)
 
 
 def _head(run: Run, license: Mapping[str, str], kind: str) -> str:
     import yaml
 
     head: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
-    if not Path(run.model.source).exists() and "/" in run.model.source:
+    if is_hub_name(run.model.source):
         head["base_model"] = run.model.source
         head["base_model_relation"] = "adapter" if kind == "lora" else "finetune"
     head |= dict(license)
@@ -144,39 +141,61 @@ def _head(run: Run, license: Mapping[str, str], kind: str) -> str:
     return f"---\n{yaml.safe_dump(head, sort_keys=False)}---"
 
 
-def _title(kind: str, run: Run) -> str:
+def _title(kind: str, trained: Trained) -> str:
+    run = trained.run
     what = {"lora": "A LoRA for", "pipeline": "A whole pipeline: a LoRA merged into", "transformer": "A transformer of"}
-    rank = f" (rank {run.policy.rank}, alpha {run.policy.alpha:g})" if run.policy.kind == "lora" else ""
-    return f"{what[kind]} `{run.model.source}`{rank}, trained"
+    if kind == "pipeline" and trained.policy is not None and run.policy.kind == "full":
+        what["pipeline"] = "A whole pipeline, with the transformer's own weights trained, of"
+    is_known = (
+        run.policy.kind == "lora" and trained.imported is None
+    )  # a recipe's rank is none of a LoRA's from elsewhere
+    rank = f" (rank {run.policy.rank}, alpha {run.policy.alpha:g})" if is_known else ""
+    return f"{what[kind]} `{_public(run.model.source)}`{rank}"
 
 
-def _usage(run: Run, kind: str, place: str) -> str:
-    from mogb_diffusion.evaluation import evaluation_sampling
+def _training(trained: Trained, told: Mapping[str, Any]) -> str:
+    """What the weights were trained for, where that is known."""
+    if trained.imported is not None:
+        step = "" if trained.step is None else f", step {trained.step}"
+        return f"imported from `{trained.imported}`{step}; what it was trained on is unknown"
+    names, balancing = reward_keys(told), told.get("balancing")
+    mode = balancing.get("mode", "marble") if isinstance(balancing, Mapping) else "marble"
+    after = f" after {trained.epoch} epochs ({trained.step} optimizer steps)" if trained.epoch is not None else ""
+    return (
+        f"trained on {len(names)} reward{'s' * (len(names) != 1)} ({', '.join(names)}) with DiffusionNFT "
+        f"(arXiv 2509.16117), balanced by `{mode}` of [mogb](https://mogb.readthedocs.io){after}"
+    )
 
-    how, source = evaluation_sampling(run), run.model.source
+
+def _usage(trained: Trained, kind: str, place: str) -> str:
+    run, model = trained.run, trained.run.model
+    sampling, source = evaluation_sampling(run), model.source
     is_tiny = source in ("tiny", "tiny-random") or source.endswith(".safetensors")
     build = (
-        f"build({run.model.seed})" if source == "tiny-random" else f"load({'' if source == 'tiny' else repr(source)})"
+        f"build({model.seed})"
+        if source == "tiny-random"
+        else f"load({'' if source == 'tiny' else repr(_public(source))})"
     )
-    size = f", height={run.model.resolution}, width={run.model.resolution}" if run.model.resolution else ""
+    size = f", height={model.resolution}, width={model.resolution}" if model.resolution else ""
+    how = (
+        f"num_inference_steps={sampling.steps}, guidance_scale={sampling.guidance}{size}, "
+        f"max_sequence_length={trained.model.max_sequence_length}"
+    )
     return _LOADS["tiny" if is_tiny and kind == "lora" else kind].format(
-        model=source, place=place, steps=how.steps, guidance=how.guidance, size=size, build=build,
+        model=_public(source), place=place, how=how, build=build,
         prompt="a photo of two red squares" if is_tiny else "a photo of two red bicycles",
     )  # fmt: skip
 
 
 def _scores(record: Record) -> str:
-    before = record.get("base")
-    lines = [f"## Scores\n\nMeans over {record['prompts']}, with standard errors.\n"]
-    lines += ["| reward | trained on | before | after | change | pictures |", "|---|---|---:|---:|---:|---:|"]
-    for name, score in record["trained"].items():
-        start = before.get(name) if before else None
-        cells = [name, "yes" if name in record["trained_on"] else "no", _number(start), _number(score)]
-        lines.append(f"| {' | '.join([*cells, change(start, score), str(score['count'])])} |")
+    prompts = ", ".join(map(file_name, str(record["prompts"]).split(", ")))
+    lines = [f"## Scores\n\nMeans over {prompts}, with standard errors.\n", *table(record)]
+    meanings = scrubbed(record.get("metrics", {}))
+    if told := [f"{name}: {meanings[name]}" for name in record["trained"] if meanings.get(name, name) != name]:
+        lines.append(f"\nMeasured with {'; '.join(told)}.")
     return "\n".join(lines)
 
 
-def _number(score: Mapping[str, Any] | None) -> str:
-    if score is None or score["mean"] is None:
-        return "-"
-    return f"{score['mean']:.3f}" + ("" if score["error"] is None else f" ± {score['error']:.3f}")
+def _public(source: str) -> str:
+    """A model's name; of a path its last part."""
+    return str(scrubbed(source))

@@ -8,8 +8,8 @@ Shapes: K = rewards, B = pictures, C = categories.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -19,8 +19,10 @@ from torch import Tensor
 from mogb_diffusion import config
 from mogb_diffusion.config import Run, Sampling
 from mogb_diffusion.distributed import Ranks
+from mogb_diffusion.headers import scrubbed
 from mogb_diffusion.models.sd3 import SD3Model
 from mogb_diffusion.prompts import Prompt
+from mogb_diffusion.results import Record
 from mogb_diffusion.rollouts import draw
 from mogb_diffusion.scoring import Scorer
 from mogb_diffusion.seeds import Key, keyed_noise
@@ -138,9 +140,21 @@ def measure(scorer: Scorer, batches: Iterable[tuple[Tensor, Sequence[Prompt]]]) 
 
 
 def examine(
-    model: SD3Model, scorer: Scorer, prompts: Sequence[Prompt], how: Sampling, seed: int, batch: int, ranks: Ranks
+    model: SD3Model,
+    scorer: Scorer,
+    prompts: Sequence[Prompt],
+    how: Sampling,
+    seed: int,
+    batch: int,
+    ranks: Ranks,
+    *,
+    spread: bool = False,
 ) -> Measured:
-    """Draws every prompt once, on one rank or another, and scores it; the same result on every rank."""
+    """Draws every prompt once, on one rank or another, and scores it; the same result on every rank.
+
+    Where the weights are ``spread`` over the ranks, all pictures are drawn before the first one is scored: drawing
+    gathers weights, and a rank that fails while it scores must not be missed there.
+    """
     keys, mine = evaluation_keys(prompts, seed), ranks.mine(len(prompts))
     ahead = max(1, _ENCODED // batch)
 
@@ -151,8 +165,9 @@ def examine(
             piece = slice(start, min(start + batch, mine.stop))
             yield draw_pictures(model, prompts[piece], how, seed, batch=batch, keys=keys[piece]), prompts[piece]
 
+    pieces = list(drawn()) if spread else drawn()
     with ranks.together():  # a rank that fails does not leave the others waiting
-        part = measure(scorer, drawn())
+        part = measure(scorer, pieces)
     rewards = ranks.gather(part.rewards.mT.contiguous(), len(prompts)).mT
     table = torch.tensor(
         [[part.failures.get(name, {}).get(kind, 0) for kind in FAILURES] for name in scorer.rewards],
@@ -174,7 +189,10 @@ def evaluate(
         The score of each reward, and all rewards ``[K, B]``; the same on every rank.
     """
     how = evaluation_sampling(run)
-    rewards = examine(model, scorer, prompts, how, run.seed, run.evaluation.batch, ranks).rewards
+    found = examine(
+        model, scorer, prompts, how, run.seed, run.evaluation.batch, ranks, spread=run.model.shard and ranks.size > 1
+    )
+    rewards = found.rewards
     return {name: summarized(row) for name, row in zip(scorer.rewards, rewards, strict=True)}, rewards
 
 
@@ -229,6 +247,65 @@ def scores_of(
         if categories:
             found[spec.key]["categories"] = {tag: _plain(part) for tag, part in categories.items()}
     return found
+
+
+# Options of rewards that change where and how fast they run, but not what they measure.
+_MACHINE = (
+    "device",
+    "batch_size",
+    "offload",
+    "timeout",
+    "retries",
+    "concurrency",
+    "threads",
+    "workers",
+    "batch",
+    "seed",
+)
+
+
+def definitions(specs: Sequence[config.Reward], scores: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """What each score is of: the reward, its options, and GenEval's rule and mean; nothing secret.
+
+    Args:
+        specs: The rewards.
+        scores: Of them, as :func:`scores_of` gives them.
+    """
+    found = {}
+    for spec in specs:
+        options = {"metric": "score"} if spec.name == "geneval" else {}
+        options |= {key: value for key, value in scrubbed(spec.options).items() if key not in _MACHINE}
+        words = [f"{key} {options[key]}" for key in sorted(options)]
+        if "categories" in scores.get(spec.key, {}):
+            words.append("mean of categories")
+        found[spec.key] = ", ".join([spec.name, *words])
+    return found
+
+
+def own_record(rows: Sequence[Mapping[str, Any]], run: Run, name: str, step: int | None = None) -> Record | None:
+    """The record of an evaluation that a run made itself.
+
+    Args:
+        rows: Of its ``metrics.jsonl``.
+        run: Its configuration.
+        name: For tables.
+        step: Which evaluation; None is the last one.
+
+    Returns:
+        None if there is none.
+    """
+    tests = [row for row in rows if row["kind"] == "evaluation"]
+    found = [row for row in tests if step is None or row["step"] == step]
+    if not found:
+        return None
+    last, specs = found[-1], (*run.rewards, *run.evaluation.rewards)
+    record: Record = {
+        "name": name, "model": run.model.source, "epoch": last["epoch"], "step": last["step"],
+        "prompts": "held-out prompts", "pictures": run.evaluation.images, "seed": run.seed,
+        "sampling": asdict(evaluation_sampling(run)), "trained_on": list(run.reward_names),
+        "metrics": definitions(specs, last["scores"]), "trained": last["scores"],
+    }  # fmt: skip
+    return record | ({"base": tests[0]["scores"]} if tests[0]["step"] == 0 else {})
 
 
 def _plain(score: Score) -> dict[str, Any]:

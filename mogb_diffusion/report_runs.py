@@ -3,14 +3,14 @@
 import html
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mogb_diffusion.comparison import Comparison, as_csv, as_markdown, as_text, cells, compare, note
 from mogb_diffusion.config import from_yaml
 from mogb_diffusion.errors import InputError
-from mogb_diffusion.evaluation import evaluation_sampling
+from mogb_diffusion.evaluation import own_record
 from mogb_diffusion.report import COLORS, STYLE, Row, embedded, number, saved
 from mogb_diffusion.results import EVALUATION, Record, read_record, rows_of
 from mogb_diffusion.tracking import METRICS, read_metrics
@@ -29,12 +29,14 @@ class Entry:
         rows: Of its ``metrics.jsonl``; empty where there is only an evaluation.
         record: Its evaluation; None where it has none.
         mode: How it was balanced, if known.
+        remark: What is wrong with the evaluation; empty if nothing is.
     """
 
     name: str
     rows: tuple[Row, ...]
     record: Record | None
     mode: str = ""
+    remark: str = ""
 
 
 def write_comparison(targets: Sequence[Path], out: Path) -> tuple[Path, str]:
@@ -42,7 +44,7 @@ def write_comparison(targets: Sequence[Path], out: Path) -> tuple[Path, str]:
 
     Args:
         targets: Folders of runs, other folders with an ``evaluation.json``, or such files. The evaluation of a run is
-            that of ``evaluate``, where there is one, and else the last one that it made itself.
+            that of ``evaluate``, where there is one that is not older than the last one that it made itself.
         out: Where to write.
 
     Raises:
@@ -93,26 +95,24 @@ def _entry(path: Path, name: str) -> Entry:
         return Entry(str(record["name"]), (), record)
     evaluation = path / f"{EVALUATION}.json"
     record = read_record(evaluation) | {"name": name} if evaluation.is_file() else None
+    remark = ""
     if not (path / METRICS).is_file():
         if record is None:
             raise InputError(f"{path} is no folder of a run: it has neither {METRICS} nor {EVALUATION}.json.")
         return Entry(name, (), record)
     rows = tuple(read_metrics(path))
-    if not (path / CONFIG).is_file():
-        return Entry(name, rows, record)
-    run = from_yaml((path / CONFIG).read_text(encoding="utf-8"), str(path / CONFIG))
-    tests = [row for row in rows if row["kind"] == "evaluation"]
-    if record is None and tests:
-        made: Record = {
-            "name": name, "model": run.model.source, "epoch": tests[-1]["epoch"], "step": tests[-1]["step"],
-            "prompts": "held-out prompts", "pictures": run.evaluation.images, "seed": run.seed,
-            "sampling": asdict(evaluation_sampling(run)), "trained_on": list(run.reward_names),
-            "trained": tests[-1]["scores"],
-        }  # fmt: skip
-        if tests[0]["step"] == 0:
-            made["base"] = tests[0]["scores"]
-        record = made
-    return Entry(name, rows, record, run.balancing.mode)
+    run = own = None
+    if (path / CONFIG).is_file():
+        run = from_yaml((path / CONFIG).read_text(encoding="utf-8"), str(path / CONFIG))
+        own = own_record(rows, run, name)
+    at = None if record is None else record.get("step")
+    last = max((row["step"] for row in rows), default=0)
+    if record is not None and at is not None and at < last:
+        remark = f"{name}: {EVALUATION}.json is of step {at}, but the run is at step {last}"
+        if own is not None and own["step"] > at:
+            record, remark = own, f"{remark}: left out for the run's own evaluation of step {own['step']}"
+    record = own if record is None else record
+    return Entry(name, rows, record, "" if run is None else run.balancing.mode, f"{remark}." if remark else "")
 
 
 def _curves(entry: Entry) -> list[str]:
@@ -179,9 +179,21 @@ def _page(entries: Sequence[Entry], table: Comparison | None, figures: Sequence[
 
 
 def _warning(entries: Sequence[Entry]) -> str:
-    """What scores that stand side by side were not measured alike in."""
+    """What scores that stand side by side were not measured alike in, and evaluations of other steps."""
     records = [entry.record for entry in entries if entry.record is not None]
     differing = [key for key in _SETTINGS if len({repr(record.get(key)) for record in records}) > 1]
-    if not differing:
-        return ""
-    return f"These scores were not measured alike: they differ in {', '.join(differing)}."
+    if metrics := _differing_metrics(records):
+        differing.append(f"what they measure ({'; '.join(metrics)})")
+    told = [entry.remark for entry in entries if entry.remark]
+    if differing:
+        told.append(f"These scores were not measured alike: they differ in {', '.join(differing)}.")
+    return " ".join(told)
+
+
+def _differing_metrics(records: Sequence[Record]) -> list[str]:
+    """Rewards whose score is not the same thing everywhere, such as GenEval by the benchmark's rule and in part."""
+    meanings: dict[str, set[str]] = {}
+    for record in records:
+        for reward in {**record.get("base", {}), **record.get("trained", {})}:
+            meanings.setdefault(reward, set()).add(record.get("metrics", {}).get(reward, "not said"))
+    return [f"{reward}: {' | '.join(sorted(found))}" for reward, found in meanings.items() if len(found) > 1]

@@ -1,7 +1,8 @@
 """What an evaluation found, as a record: plain numbers that are written as JSON, CSV and Markdown, and read again.
 
 A record has ``name``, ``model``, ``epoch``, ``step``, ``prompts``, ``pictures``, ``seed``, ``sampling``,
-``trained_on`` (names of rewards; null where nobody knows), ``failures``, ``versions``, and the scores of the ``base``
+``trained_on`` (names of rewards; null where nobody knows), ``metrics`` (what each score is of, by reward),
+``failures``, ``versions``, and the scores of the ``base``
 model and of the ``trained`` one, as far as they were measured: ``{reward: {mean, error, count, categories?}}``.
 """
 
@@ -16,6 +17,8 @@ from typing import Any
 from mogb_diffusion.comparison import title
 from mogb_diffusion.errors import InputError
 
+# Scores that agree in these may stand in one record.
+_SAME = ("model", "epoch", "step", "prompts", "pictures", "seed", "sampling", "trained_on", "versions")
 Record = dict[str, Any]
 EVALUATION = "evaluation"  # evaluation.json, .csv and .md in the folder of a run
 COLUMNS = ("name", "weights", "reward", "category", "trained_on", "mean", "error", "count")
@@ -55,6 +58,21 @@ def _is_scores(part: Any) -> bool:
     return isinstance(part, dict) and all(
         isinstance(score, dict) and isinstance(score.get("mean"), int | float | None) for score in part.values()
     )
+
+
+def merged(old: Record, new: Record) -> Record | None:
+    """Both in one, the new scores first; None if they were not measured with the same settings at the same step."""
+    if any(json.dumps(old.get(key), sort_keys=True) != json.dumps(new.get(key), sort_keys=True) for key in _SAME):
+        return None
+    found = dict(new)
+    for which in ("base", "trained"):
+        if which in old or which in new:
+            found[which] = old.get(which, {}) | new.get(which, {})
+    for key in ("metrics", "failures"):
+        measured = {**new.get("base", {}), **new.get("trained", {})}
+        kept = {reward: value for reward, value in old.get(key, {}).items() if reward not in measured}
+        found[key] = kept | new.get(key, {})
+    return found
 
 
 def rows_of(records: Sequence[Record]) -> dict[str, dict[str, float | None]]:
@@ -117,27 +135,30 @@ def as_csv(records: Sequence[Record]) -> str:
 def as_markdown(record: Record) -> str:
     """Tables of one record: rewards, and GenEval's categories."""
     shown = [which for which in ("base", "trained") if which in record]
-    lines = [f"# {record['name']}", "", _how(record), "", *_table(record, shown)]
+    lines = [f"# {record['name']}", "", _how(record), "", *table(record)]
     for reward in record[shown[-1]]:
         categories = record[shown[-1]][reward].get("categories")
         if categories:
             lines += ["", f"{title(reward)} by category; the score is the mean over them.", ""]
             lines += [f"| category | {' | '.join(shown)} | pictures |", "|---|" + "---:|" * (len(shown) + 1)]
             for tag, part in categories.items():
-                scores = [_score(record[which][reward].get("categories", {}).get(tag)) for which in shown]
+                parts = [record[which].get(reward, {}).get("categories", {}) for which in shown]
+                scores = [as_number(found.get(tag)) for found in parts]
                 lines.append(f"| {tag} | {' | '.join(scores)} | {part['count']} |")
     for reward, counts in record.get("failures", {}).items():
         lines += ["", f"{reward} failed: {', '.join(f'{count} {kind}' for kind, count in counts.items())}."]
     return "\n".join(lines) + "\n"
 
 
-def _table(record: Record, shown: Sequence[str]) -> list[str]:
+def table(record: Record) -> list[str]:
+    """Lines of Markdown: a row per reward, a column for each model that was measured."""
+    shown = [which for which in ("base", "trained") if which in record]
     both = len(shown) == 2
     header = ["reward", "trained on", *shown] + (["change"] if both else []) + ["pictures"]
     lines = [f"| {' | '.join(header)} |", "|---|---|" + "---:|" * (len(header) - 2)]
     for reward, last in record[shown[-1]].items():
         cells = [title(reward), trained_on(record, reward)]
-        cells += [_score(record[which].get(reward)) for which in shown]
+        cells += [as_number(record[which].get(reward)) for which in shown]
         cells += [change(record["base"].get(reward), last)] if both else []
         lines.append(f"| {' | '.join([*cells, str(last['count'])])} |")
     return lines
@@ -151,11 +172,11 @@ def as_text(record: Record) -> str:
     lines = [_how(record), f"{'reward':{width}}{''.join(f'{which:>18}' for which in shown)}" + f"{'change':>10}" * both]
     for reward, last in record[shown[-1]].items():
         mark = " *" if trained_on(record, reward) == "no" else ""
-        line = f"{reward + mark:{width}}" + "".join(f"{_score(record[which].get(reward)):>18}" for which in shown)
+        line = f"{reward + mark:{width}}" + "".join(f"{as_number(record[which].get(reward)):>18}" for which in shown)
         lines.append(line + (f"{change(record['base'].get(reward), last):>10}" if both else ""))
         for tag, part in last.get("categories", {}).items():
             parts = [record[which].get(reward, {}).get("categories", {}).get(tag) for which in shown]
-            line = f"{'  ' + tag:{width}}" + "".join(f"{_score(score):>18}" for score in parts)
+            line = f"{'  ' + tag:{width}}" + "".join(f"{as_number(score):>18}" for score in parts)
             lines.append(line + (f"{change(parts[0], part):>10}" if both else ""))
     if any(trained_on(record, reward) == "no" for reward in record[shown[-1]]):
         lines.append("* not trained on")
@@ -168,7 +189,8 @@ def _how(record: Record) -> str:
     return f"{record.get('model', 'model')}, {record.get('pictures', '?')} pictures of {record.get('prompts')}; {how}"
 
 
-def _score(score: Mapping[str, Any] | None) -> str:
+def as_number(score: Mapping[str, Any] | None) -> str:
+    """A mean and its standard error; a dash where there is none."""
     if score is None or score["mean"] is None:
         return "-"
     return f"{score['mean']:.3f}" + ("" if score["error"] is None else f" ± {score['error']:.3f}")

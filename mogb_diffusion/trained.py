@@ -1,21 +1,23 @@
 """What a run, a LoRA or a recipe gives to draw pictures with: a model and its weights, and no reward.
 
-A LoRA of this package carries its whole configuration in the header of its file (:data:`HEADER`), so that the folder
-alone says which model it belongs to and how its pictures were drawn.
+A LoRA of this package carries its configuration in the header of its file (:data:`HEADER`), so that the folder alone
+says which model it belongs to and how its pictures were drawn. A header is not trusted, as a folder of a run is: see
+:mod:`mogb_diffusion.headers` for what is taken from it.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mogb_diffusion import checkpoint as checkpoint_files
-from mogb_diffusion.config import Run, build, from_yaml, load_run, override, to_plain
+from mogb_diffusion.config import Run, from_yaml, load_run, override, to_plain
 from mogb_diffusion.errors import InputError
+from mogb_diffusion.headers import file_name, reward_keys, shareable, taken_run
 from mogb_diffusion.models.sd3 import SD3Model, find_device, load_model
 from mogb_diffusion.policy import TrainedPolicy, make_policy
 from mogb_diffusion.policy_schedule import ParameterEMA
@@ -39,6 +41,7 @@ class Trained:
         epoch: When the weights were saved; None if nobody knows.
         step: The same, in optimizer steps.
         changed: Whether there are trained weights.
+        header: What a LoRA says about itself; empty for one that says nothing, None for a run and a base model.
     """
 
     name: str
@@ -51,6 +54,21 @@ class Trained:
     epoch: int | None = None
     step: int | None = None
     changed: bool = True
+    header: Mapping[str, Any] | None = None
+
+    @property
+    def imported(self) -> str | None:
+        """Where a LoRA that was made elsewhere comes from, as far as it says; None for one of this package."""
+        if self.header is None or ("config" in self.header and "imported" not in self.header):
+            return None
+        return file_name(str(self.header.get("imported", "")))[:200] or "elsewhere"
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The configuration that the weights were trained with, or are said to be, as it may be told to others."""
+        if self.header is not None and isinstance(self.header.get("config"), Mapping):
+            return shareable(self.header["config"])
+        return shareable(to_plain(self.run))
 
 
 @dataclass(frozen=True)
@@ -66,7 +84,9 @@ class Source:
         file: Of a LoRA.
         epoch: Of a LoRA, as its header says.
         step: The same, in optimizer steps.
-        imported: Whether a LoRA was made elsewhere, so that nobody knows what it was trained on.
+        header: What a LoRA says about itself; nothing of it is trusted.
+        from_header: Whether the configuration is the part of the header's that is taken.
+        dropped: What was left out of it.
     """
 
     kind: str
@@ -77,7 +97,19 @@ class Source:
     file: Path | None = None
     epoch: int | None = None
     step: int | None = None
-    imported: bool = False
+    header: Mapping[str, Any] = field(default_factory=dict)
+    from_header: bool = False
+    dropped: tuple[str, ...] = ()
+
+    @property
+    def trained_on(self) -> list[str] | None:
+        """Names of rewards, those of a LoRA as it says; None where nobody knows."""
+        if self.kind == "base":
+            return []
+        if self.kind == "run":
+            return list(self.run.reward_names)
+        is_own = isinstance(self.header.get("config"), Mapping) and "imported" not in self.header
+        return reward_keys(self.header["config"]) if is_own else None
 
     def load(self, local_rank: int = 0, tell: Callable[[str], None] = print) -> Trained:
         """Loads the model and its weights.
@@ -86,6 +118,11 @@ class Source:
             InputError: Something cannot be loaded.
             CheckpointError: The checkpoint is damaged.
         """
+        if self.dropped:
+            tell(
+                f"{self.name}: not taken from its header: {'; '.join(dict.fromkeys(self.dropped))}. Ask for it with "
+                "--recipe FILE, or for rewards with --metrics and --option."
+            )
         model = load_model(self.run.model, find_device(self.run.model.device, local_rank))
         if self.kind == "run":
             return _from_run(self, model, tell)
@@ -172,8 +209,12 @@ def write_header(file: Path, found: dict[str, Any]) -> None:
 
 
 def header_of(trained: Trained) -> dict[str, Any]:
-    """What a LoRA says about itself: configuration, epoch, step."""
-    return {"config": to_plain(trained.run), "epoch": trained.epoch, "step": trained.step}
+    """What a LoRA says about itself: configuration, epoch, step, and where it was imported from, if it was.
+
+    Tokens, addresses and paths of this machine are left out.
+    """
+    found = {"config": trained.described, "epoch": trained.epoch, "step": trained.step}
+    return found if trained.imported is None else found | {"imported": trained.imported}
 
 
 def _from_run(source: Source, model: SD3Model, tell: Callable[[str], None]) -> Trained:
@@ -229,7 +270,10 @@ def _from_lora(source: Source, model: SD3Model) -> Trained:
         finally:
             transformer.enable_adapters()
 
-    return Trained(source.name, source.folder, source.run, model, None, nullcontext, base, source.epoch, source.step)
+    return Trained(
+        source.name, source.folder, source.run, model, None, nullcontext, base, source.epoch, source.step,
+        header=source.header,
+    )  # fmt: skip
 
 
 def _tensors(file: Path) -> dict[str, torch.Tensor]:
@@ -240,17 +284,23 @@ def _tensors(file: Path) -> dict[str, torch.Tensor]:
 
 def _lora_source(file: Path, recipe: str | None, assignments: Any, device: str | None) -> Source:
     header = read_header(file)
+    dropped: list[str] = []
     if recipe is not None:
         run = load_run(recipe)
     elif "config" in header:
-        run = build(Run, header["config"])
+        other = any(assignment.partition("=")[0].strip() == "model.source" for assignment in assignments)
+        run, dropped = taken_run(header["config"], file, other_model=other)
     else:
         raise InputError(f"{file} does not say which model it belongs to: name a configuration with --recipe.")
     name = file.parent.name if file.name == WEIGHTS else file.stem
     return Source(
         "lora", file.parent, _adjusted(run, assignments, device), name, None, file,
-        header.get("epoch"), header.get("step"), "config" not in header or "imported" in header,
+        _count(header.get("epoch")), _count(header.get("step")), header, recipe is None, tuple(dropped),
     )  # fmt: skip
+
+
+def _count(given: Any) -> int | None:
+    return given if isinstance(given, int) and not isinstance(given, bool) else None
 
 
 def _lora_file(path: Path) -> Path | None:

@@ -18,7 +18,7 @@ from mogb_diffusion.commands._shared import (
 from mogb_diffusion.errors import InputError, RewardFailure
 
 if TYPE_CHECKING:
-    from mogb_diffusion.config import Run
+    from mogb_diffusion.config import Reward, Run
     from mogb_diffusion.distributed import Ranks
     from mogb_diffusion.prompts import Prompt
     from mogb_diffusion.results import Record
@@ -103,14 +103,14 @@ def _evaluated(
     """The record of one model, the same on every rank; scores of base models are kept in ``bases``."""
     from dataclasses import asdict
 
-    from mogb_diffusion.evaluation import evaluation_sampling, examine, scores_of
+    from mogb_diffusion.evaluation import definitions, evaluation_sampling, examine, scores_of
     from mogb_diffusion.results import versions
     from mogb_diffusion.scoring import make_scorer
 
     prompts, where = _prompts(source, options)
     seed = source.run.seed if options.seed is None else options.seed
     how = evaluation_sampling(source.run)
-    known = (*source.run.rewards, *source.run.evaluation.rewards)
+    known = _known(source, options)
     specs = tuple(
         benchmark_rule(spec, options.option) for spec in chosen_rewards(options.metrics, known, options.option)
     )
@@ -120,7 +120,7 @@ def _evaluated(
     record: Record = {
         "name": options.name or source.name, "model": source.run.model.source, "epoch": trained.epoch,
         "step": trained.step, "prompts": where, "pictures": len(prompts), "seed": seed, "sampling": asdict(how),
-        "trained_on": _trained_on(source), "failures": {}, "versions": versions(),
+        "trained_on": source.trained_on, "metrics": {}, "failures": {}, "versions": versions(),
     }  # fmt: skip
     key = _base_key(source.run, record)
     if options.base and key in bases:
@@ -135,6 +135,7 @@ def _evaluated(
             with active():
                 found = examine(trained.model, scorer, prompts, how, seed, source.run.evaluation.batch, ranks)
             record[which] = scores_of(found, specs, scorer, prompts)
+            record["metrics"] = definitions(specs, record[which])
             for message in dict.fromkeys(found.messages):
                 tell(message)
             for reward, counts in found.failures.items():
@@ -148,11 +149,13 @@ def _evaluated(
     return record
 
 
-def _trained_on(source: "Source") -> list[str] | None:
-    """Names of rewards; None where nobody knows."""
-    if source.kind == "base":
-        return []
-    return None if source.imported else list(source.run.reward_names)
+def _known(source: "Source", options: argparse.Namespace) -> "tuple[Reward, ...]":
+    """Rewards of the configuration; with ``--metrics``, nothing that a header calls so is taken for it."""
+    from mogb_diffusion.headers import NO_REWARD
+
+    if source.from_header and options.metrics is not None:
+        return ()
+    return tuple(spec for spec in (*source.run.rewards, *source.run.evaluation.rewards) if spec != NO_REWARD)
 
 
 def _base_key(run: "Run", record: "Record") -> str:
@@ -179,22 +182,65 @@ def _prompts(source: "Source", options: argparse.Namespace) -> "tuple[list[Promp
     return prompts, "held-out prompts"
 
 
+_KINDS = (("json", "json"), ("csv", "csv"), ("markdown", "md"))
+
+
 def _write(record: "Record", source: "Source", options: argparse.Namespace, *, single: bool) -> None:
-    from mogb_diffusion.results import EVALUATION, as_csv, as_markdown, as_text
+    from mogb_diffusion.results import as_csv, as_markdown, as_text
 
     print(f"{record['name']}: {as_text(record)}", flush=True)
-    files = {}
-    for kind, ending in (("json", "json"), ("csv", "csv"), ("markdown", "md")):
-        if single and getattr(options, kind):
-            files[kind] = Path(getattr(options, kind))
-        elif source.folder is not None:
-            files[kind] = source.folder / f"{EVALUATION}.{ending}"
-    if "json" in files:
-        write_json(files["json"], record)
-    if "csv" in files:
-        write_text(files["csv"], as_csv([record]))
-    if "markdown" in files:
-        write_text(files["markdown"], as_markdown(record))
+    asked = {kind: Path(getattr(options, kind)) for kind, _ in _KINDS if single and getattr(options, kind)}
+    files = {kind: (path, record) for kind, path in asked.items()}
+    if source.folder is not None and "json" not in asked:  # the others belong to evaluation.json
+        stem = _stem(source)
+        whole = _joined(record, source.folder, stem)
+        for kind, ending in _KINDS:
+            files.setdefault(kind, (source.folder / f"{stem}.{ending}", whole))
+    for kind, (path, found) in files.items():
+        if kind == "json":
+            write_json(path, found)
+        else:
+            write_text(path, as_csv([found]) if kind == "csv" else as_markdown(found))
+
+
+def _stem(source: "Source") -> str:
+    """``evaluation`` for the newest state of a run and the LoRA of a folder, a name of its own for others."""
+    from mogb_diffusion import checkpoint
+    from mogb_diffusion.results import EVALUATION
+    from mogb_diffusion.trained import WEIGHTS
+
+    assert source.folder is not None
+    if source.checkpoint is not None:
+        newest = [path.name for path in checkpoint.found(source.folder)[:1]]
+        return EVALUATION if newest == [source.checkpoint] else f"{EVALUATION}-{source.checkpoint}"
+    is_whole = source.file is None or source.file.name == WEIGHTS
+    return EVALUATION if is_whole else f"{EVALUATION}-{source.file.stem}"  # type: ignore[union-attr]
+
+
+def _joined(record: "Record", folder: Path, stem: str) -> "Record":
+    """With scores that were measured alike before; others are kept, under another name."""
+    from mogb_diffusion.results import merged, read_record
+
+    path = folder / f"{stem}.json"
+    if not path.is_file():
+        return record
+    try:
+        old = read_record(path)
+    except InputError:
+        old = {}
+    if (both := merged(old, record)) is not None:
+        return both
+    step = old.get("step")
+    base = f"{stem}-step-{step}" if isinstance(step, int) and step != record["step"] else f"{stem}-old"
+    name, number = base, 1
+    while (folder / f"{name}.json").exists():
+        number += 1
+        name = f"{base}-{number}"
+    for _, ending in _KINDS:
+        if (folder / f"{stem}.{ending}").is_file():
+            (folder / f"{stem}.{ending}").replace(folder / f"{name}.{ending}")
+    tell(f"{path} was measured otherwise, and is now {name}.json.")
+    return record
 
 
 def _write_table(records: "list[Record]", options: argparse.Namespace) -> None:

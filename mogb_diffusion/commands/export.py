@@ -1,12 +1,13 @@
 """``mogb-diffusion export``."""
 
 import argparse
+import json
 import shlex
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mogb_diffusion.commands._shared import empty_folder, find, source_arguments, tell
+from mogb_diffusion.commands._shared import empty_folder, find, source_arguments, tell, write_json
 from mogb_diffusion.errors import InputError
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def run(options: argparse.Namespace) -> int:
         kind = "pipeline"
     else:
         _write(source, trained, out, kind)
+    _without_paths(out)
     write_card(out, trained, kind, repo or str(out), _command(options))
     print(_line(kind, str(out)))
     if repo is not None:
@@ -91,6 +93,17 @@ def _merge(trained: "Trained", out: Path, kind: str) -> None:
     pipeline.save_pretrained(out)
 
 
+def _without_paths(out: Path) -> None:
+    """The files of diffusers say where a model was loaded from: of a path only the last part stays."""
+    from mogb_diffusion.headers import scrubbed
+
+    for path in (*out.rglob("config.json"), *out.rglob("model_index.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        name = found.get("_name_or_path")
+        if (told := scrubbed(name)) != name:
+            write_json(path, found | {"_name_or_path": told})
+
+
 def _line(kind: str, place: str) -> str:
     return {
         "lora": f"pipe.load_lora_weights({place!r})",
@@ -100,10 +113,13 @@ def _line(kind: str, place: str) -> str:
 
 
 def _command(options: argparse.Namespace) -> str:
-    words = ["mogb-diffusion", "export", options.target]
+    """As it was given, without secrets and without the folders of this machine."""
+    from mogb_diffusion.headers import scrubbed, shareable_assignment
+
+    words = ["mogb-diffusion", "export", scrubbed(options.target)]
     for name in ("checkpoint", "recipe", "device", "out", "repo"):
         if value := getattr(options, name):
-            words += [f"--{name}", str(value)]
-    words += [word for assignment in options.set for word in ("--set", assignment)]
+            words += [f"--{name}", str(value) if name == "repo" else scrubbed(str(value))]
+    words += [word for assignment in options.set for word in ("--set", shareable_assignment(assignment))]
     words += ["--merge"] * options.merge + ["--to", "hub"] * (options.to == "hub") + ["--private"] * options.private
     return shlex.join(words)

@@ -14,6 +14,8 @@ from tiny_run import SMALL
 
 from mogb_diffusion import commands
 from mogb_diffusion.cli import main
+from mogb_diffusion.comparison import title
+from mogb_diffusion.config import to_plain
 from mogb_diffusion.models import tiny
 from mogb_diffusion.trained import find_source, read_header
 
@@ -114,15 +116,18 @@ def test_a_run_its_checkpoint_and_its_lora_score_the_same(runs, lora, prompt_fil
     found = {}
     for target in (runs / "r0", checkpoint, lora, lora / "pytorch_lora_weights.safetensors"):
         path = tmp_path / "found.json"
-        command = ["evaluate", str(target), "--prompts", str(prompt_file), "--metrics", "red", "--json", str(path)]
-        assert main(command) == 0
+        command = ["evaluate", str(target), "--prompts", str(prompt_file), "--metrics", "test_commands:Red"]
+        assert main([*command, "--json", str(path)]) == 0
         found[str(target)] = scores(path)
     first, *others = found.values()
-    assert first["base"]["red"]["mean"] != first["trained"]["red"]["mean"]
+    assert first["base"]["Red"]["mean"] != first["trained"]["Red"]["mean"]
     for other in others:
         for which in ("base", "trained"):
-            assert other[which]["red"]["mean"] == pytest.approx(first[which]["red"]["mean"], abs=1e-6)
+            assert other[which]["Red"]["mean"] == pytest.approx(first[which]["Red"]["mean"], abs=1e-6)
         assert (other["epoch"], other["step"]) == (2, 4)
+        assert other["trained_on"] == ["preference", "aesthetic", "alignment"]
+    for metrics in ("red", "alignment"):  # what its header calls so may be anything
+        assert main(["evaluate", str(lora), "--prompts", str(prompt_file), "--metrics", metrics]) == 2
 
 
 def test_several_at_once_share_their_base_and_have_a_composite(runs, tmp_path, capsys):
@@ -233,8 +238,11 @@ def test_rows_of_a_prompt_stay_together():
 def test_an_export_says_what_it_is(runs, lora):
     header = read_header(lora / "pytorch_lora_weights.safetensors")
     assert (header["epoch"], header["step"]) == (2, 4)
-    source = find_source(str(lora))
-    assert source.run == find_source(str(runs / "r0")).run
+    source, own = find_source(str(lora)), find_source(str(runs / "r0"))
+    for part in ("model", "policy", "sampling", "rewards", "seed"):
+        assert getattr(source.run, part) == getattr(own.run, part)
+    assert header["config"] == to_plain(own.run)
+    assert source.dropped == ("the reward 'test_commands:Red'",)
     [checkpoint] = (runs / "r0").glob("checkpoint-*")
     mine, theirs = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (lora, checkpoint))
     assert mine.keys() == theirs.keys()
@@ -251,7 +259,7 @@ def test_an_export_says_what_it_is(runs, lora):
     last = [row for row in evaluated if row["kind"] == "evaluation"][-1]["scores"]
     final = scores(runs / "r0" / "evaluation.json")["trained"] if (runs / "r0" / "evaluation.json").exists() else last
     for name in ("preference", "aesthetic", "alignment"):
-        assert f"| {name} | yes |" in page
+        assert f"| {title(name)} | yes |" in page
         assert f"{final[name]['mean']:.3f}" in page
     assert "![Before](pictures/before.png)" in page
     assert (lora / "pictures" / "after.png").exists()

@@ -20,7 +20,7 @@ LINES = (
     ("rewards.geneval", "rewards.ocr", "rewards", "world.vocabulary", "world"),
     ("world.captions", "world.drawing"),
     ("rewards.world", "models.tiny", "models"),
-    ("recipes", "generate", "serving"),
+    ("recipes", "generate", "serving", "headers"),
     ("datasets", "clock", "distributed", "sharding", "models.sd3", "policy", "scoring", "checkpoint", "tracking",
      "comparison", "dry_run", "hub", "memory", "pictures", "readiness"),
     ("rollouts", "signals", "results", "trained"),

@@ -129,12 +129,12 @@ def test_an_import_can_be_evaluated_and_is_not_said_to_be_trained_on_anything(sa
     out = tmp_path / "out"
     assert main(["import-peer", str(saved[0]), "--out", str(out), "--recipe", "tiny_smoke"]) == 0
     assert find_source(str(out)).step == 12
-    command = ["evaluate", str(out), "--images", "2", "--metrics", "alignment"]
+    command = ["evaluate", str(out), "--images", "2", "--metrics", "world_alignment"]
     assert main(command) == 0
     found = json.loads((out / "evaluation.json").read_text())
     assert found["trained_on"] is None
     assert found["base"] != found["trained"]
-    assert "| alignment | ? |" in (out / "evaluation.md").read_text()
+    assert "| world_alignment | ? |" in (out / "evaluation.md").read_text()
     assert "`tiny-random`" in (out / "README.md").read_text()
     with safe_open(str(out / FILE), "pt") as opened:
         assert json.loads(opened.metadata()["lora_adapter_metadata"])["transformer.lora_alpha"] == 7

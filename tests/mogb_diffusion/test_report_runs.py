@@ -117,3 +117,37 @@ def test_a_run_that_goes_on_is_shown_without_scores(tmp_path):
     assert table == ""
     assert "Final scores" not in page.read_text()
     assert not (tmp_path / "out" / "comparison.csv").exists()
+
+
+def test_an_evaluation_of_an_earlier_step_is_not_taken(tmp_path, capsys):
+    one, two = folder(tmp_path / "one", 1.0), folder(tmp_path / "two", 2.0)
+    evaluation = {"name": "z", "model": "tiny-random", "epoch": 1, "step": 1, "trained": {"text": score(9.0)}}
+    (two / "evaluation.json").write_text(json.dumps(evaluation))
+    assert main(["report", str(one), str(two), "--out", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().out
+    assert [line.split()[1] for line in told.splitlines() if line.startswith("two ")] == ["2.000"]
+    remark = (
+        "two: evaluation.json is of step 1, but the run is at step 3: left out for the run's own evaluation of step 3."
+    )
+    assert remark in told
+    assert "two: evaluation.json is of step 1" in (tmp_path / "out" / "comparison.html").read_text()
+    lines = [line for line in (two / "metrics.jsonl").read_text().splitlines() if '"after"' not in line]
+    (two / "metrics.jsonl").write_text("\n".join(lines) + "\n")  # it has no later one of its own
+    _, told = write_comparison([one, two], tmp_path / "out")
+    assert "9.000" in told
+    assert "two: evaluation.json is of step 1, but the run is at step 3." in told
+
+
+def test_scores_of_one_name_that_measure_different_things_are_told(tmp_path):
+    records = []
+    for name, metric in (("a", "score"), ("b", "correct")):
+        path = tmp_path / f"{name}.json"
+        metrics = {"geneval": f"geneval, metric {metric}", "ocr": "ocr"}
+        path.write_text(
+            json.dumps({"name": name, "trained": {"geneval": score(0.5), "ocr": score(1.0)}, "metrics": metrics})
+        )
+        records.append(path)
+    _, told = write_comparison(records, tmp_path / "out")
+    assert "what they measure (geneval: geneval, metric correct | geneval, metric score)." in told
+    records[1].write_text(records[0].read_text().replace('"a"', '"b"'))
+    assert "measured alike" not in write_comparison(records, tmp_path / "out")[1]
