@@ -1,4 +1,4 @@
-r"""How much memory a run takes on each GPU, from shapes alone.
+r"""How much memory a run takes on each GPU, and for prompts in main memory, from shapes alone.
 
 Bytes of a forward pass that the backward pass needs, per picture and block of ``SD3Transformer2DModel`` with adapters
 on its joint attention. S and T are its image and text tokens, D its width, h its heads, r the rank, c the bytes of a
@@ -19,6 +19,10 @@ with :math:`T' = T`, except in the last block, whose text ends there (:math:`T' 
 without gradient: one layer norm of each stream and its second attention keep nothing. With gradient checkpointing, the
 block's inputs :math:`(S + T) D c` remain, and one whole block. All of it is tested against what PyTorch really keeps.
 
+Where every weight trains, there are no adapters, nothing of the first block is without gradient, and a block keeps
+:math:`(S + T') D (7 c + 2 n) + 2 (S + T) D c` more (the inputs of both layers of the feed-forward, what scales and
+gates multiply, and what RMSNorm does; :math:`T D n` more in the last), and :math:`(a + 4) S D c` in dual blocks.
+
 What libraries take for themselves (the CUDA context, workspaces of convolutions, gaps of the allocator) comes on top:
 leave a tenth free.
 """
@@ -32,6 +36,7 @@ from mogb_diffusion import config
 from mogb_diffusion.models import architectures
 
 GIB = 2**30
+REMEMBERED = 256  # embeddings of prompts, unless all of them are
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 # Parameters of what is not trained; tested against the architectures.
 TEXT_ENCODERS = {"text_encoder": 123_650_304, "text_encoder_2": 694_659_840, "text_encoder_3": 4_762_310_656}
@@ -63,8 +68,10 @@ class Shape:
         dual: The numbers of the blocks with a second attention.
         rms_norm: Whether queries and keys are normalized.
         parameters: Of the transformer, without adapters.
-        trained: Of one set of adapters.
-        rank: Of the adapters.
+        trained: Of one set of adapters; all of them where every weight trains.
+        rank: Of the adapters; 0 where every weight trains.
+        text_width: Of the embedding of a token of a prompt.
+        pooled_width: Of the pooled embedding of a prompt.
     """
 
     layers: int
@@ -77,6 +84,8 @@ class Shape:
     parameters: int
     trained: int
     rank: int
+    text_width: int = 4096
+    pooled_width: int = 2048
 
 
 @dataclass(frozen=True)
@@ -117,21 +126,17 @@ class Estimate:
 
 
 def estimate(run: config.Run, shape: Shape, *, ranks: int = 1, on_gpu: bool = True) -> Estimate:
-    """The memory of a run with adapters.
+    """The memory of a run.
 
     Args:
         run: The configuration.
         shape: Of its transformer.
-        ranks: Processes: more than one exchange gradients, from one flat copy.
+        ranks: Processes: more than one exchange gradients, from one flat copy. With ``model.shard`` they share what
+            trains, and its copies.
         on_gpu: Where it runs; autocast differs, and so does where rewards with ``device: auto`` are.
-
-    Raises:
-        ValueError: A run without adapters.
     """
-    if run.policy.kind != "lora":
-        raise ValueError("policy.kind: only runs with adapters (lora) can be estimated.")
     width, side = BYTES[run.model.dtype], run.model.resolution or 0
-    trained = 4 * shape.trained
+    trained = max(4, width) * shape.trained / (ranks if run.model.shard else 1)
     micro, sampled = run.batch.micro_batch, run.batch.sampling_batch or run.batch.micro_batch
     doubled = 2 if run.sampling.guidance > 1 else 1
     narrow = width if width == 2 else 4
@@ -140,9 +145,7 @@ def estimate(run: config.Run, shape: Shape, *, ranks: int = 1, on_gpu: bool = Tr
     rows = kept_rows(run) * trained * (2 if ranks > 1 else 1)
     networks, unknown = reward_networks(run, on_gpu)
     parts = (
-        Part(f"transformer, {run.model.dtype}", width * shape.parameters),
-        Part("adapters, current and old", 2 * trained),
-        *((Part("average of the adapters", trained),) if run.policy.ema else ()),
+        *_policies(run, shape, trained, ranks),
         Part("AdamW", 2 * trained),
         Part("autoencoder, float32", 4 * AUTOENCODER),
         Part("text encoders", encoders, "encoding" if away else "always"),
@@ -157,6 +160,48 @@ def estimate(run: config.Run, shape: Shape, *, ranks: int = 1, on_gpu: bool = Tr
     return Estimate(parts, unknown)
 
 
+def _policies(run: config.Run, shape: Shape, trained: float, ranks: int) -> tuple[Part, ...]:
+    """The weights of the transformer: frozen with two sets of adapters, or three times all of them."""
+    if run.policy.kind == "lora":
+        kept = [Part(f"transformer, {run.model.dtype}", BYTES[run.model.dtype] * shape.parameters)]
+        kept.append(Part("adapters, current and old", 2 * trained))
+        averaged = "adapters"
+    else:
+        dtype = "float64" if run.model.dtype == "float64" else "float32"
+        kept = [Part(f"transformer, {dtype}: current, old and reference", 3 * trained)]
+        averaged = "weights"
+        if run.model.shard and ranks > 1:
+            kept.append(Part("gathered weights of two blocks", 2 * BYTES[dtype] * shape.parameters / shape.layers))
+    return (*kept, *((Part(f"average of the {averaged}", trained),) if run.policy.ema else ()))
+
+
+def embedding_bytes(run: config.Run, shape: Shape) -> int:
+    """What the embedding of a prompt takes, in the dtype of the text encoders: T tokens, and what is pooled."""
+    return BYTES[run.model.dtype] * (shape.text_tokens * shape.text_width + shape.pooled_width)
+
+
+def main_memory(run: config.Run, shape: Shape, prompts: int, processes: int = 1) -> tuple[Part, ...]:
+    """Main memory for prompts, of all processes on a machine; nothing where the text encoders are resident.
+
+    Args:
+        run: The configuration.
+        shape: Of its transformer.
+        prompts: How many different ones the run has, the empty one included.
+        processes: On the machine: each has its own encoders and embeddings.
+    """
+    if run.model.text_encoders == "resident":
+        return ()
+    at_once = max(run.batch.groups, 128)  # of an epoch, or of a part of the evaluation
+    kept = prompts if run.model.text_encoders == "precompute" else min(prompts, REMEMBERED + at_once)
+    encoders = BYTES[run.model.dtype] * sum(TEXT_ENCODERS.values())
+    embedding, of = embedding_bytes(run, shape), f", {processes} times" if processes > 1 else ""
+    until = " until the prompts are encoded" if run.model.text_encoders == "precompute" else ""
+    return (
+        Part(f"text encoders{until}{of}", float(encoders * processes)),
+        Part(f"{kept} prompts of {embedding / 1e6:.1f} MB{of}", float(kept * embedding * processes)),
+    )
+
+
 def kept_activations(run: config.Run, shape: Shape, *, on_gpu: bool = True) -> float:
     """Bytes that a micro-batch keeps for its backward pass."""
     half = BYTES[run.model.dtype] == 2
@@ -167,14 +212,14 @@ def kept_activations(run: config.Run, shape: Shape, *, on_gpu: bool = True) -> f
         tokens = shape.image_tokens + shape.text_tokens
         inputs = shape.layers * tokens * shape.width * BYTES[run.model.dtype]
         return micro * (inputs + max(blocks)) + casts / shape.layers
-    last_norm = shape.image_tokens * shape.width * _norm_bytes(half, on_gpu)
+    last_norm = (1 if shape.rank else 2) * shape.image_tokens * shape.width * _norm_bytes(half, on_gpu)
     return micro * (sum(blocks) + last_norm) + casts
 
 
 def kept_by_block(shape: Shape, number: int, *, half: bool, on_gpu: bool = True) -> float:
     """Bytes that one block keeps of one picture, as in the table above."""
     s, t, d, h = shape.image_tokens, shape.text_tokens, shape.width, shape.heads
-    first, last = number == 0, number == shape.layers - 1
+    first, last = number == 0 and shape.rank > 0, number == shape.layers - 1
     after = 0 if last else t
     c, n = 2 if half else 4, _norm_bytes(half, on_gpu)
     normed = (d * (6 if half else 4) + 4 * h) if shape.rms_norm else 0
@@ -186,6 +231,10 @@ def kept_by_block(shape: Shape, number: int, *, half: bool, on_gpu: bool = True)
     kept += 4 * (s + after) * d * c
     if number in shape.dual and not first:
         kept += 4 * s * d * c + 4 * s * h + 2 * s * normed
+    if not shape.rank:
+        scaled = 2 * c if shape.rms_norm else 0
+        kept += (s + after) * d * (7 * c + 2 * n) + (s + t) * d * scaled + (t * d * n if last else 0)
+        kept += s * d * ((5 if half else 3) * c + scaled) if number in shape.dual else 0
     return kept
 
 
@@ -246,14 +295,16 @@ def shape_of(run: config.Run, architecture: Mapping[str, Any]) -> Shape:
     }
     parameters, linears = _built(tuple(sorted(options.items())))
     ends = tuple(f".{target}" for target in run.policy.targets)
-    trained = sum(run.policy.rank * (into + out) for name, into, out in linears if name.endswith(ends))
+    rank = run.policy.rank if run.policy.kind == "lora" else 0
+    trained = sum(rank * (into + out) for name, into, out in linears if name.endswith(ends)) if rank else parameters
     side = (run.model.resolution or 8 * int(options["sample_size"])) // 8 // int(options.get("patch_size", 2))
     heads = int(options["num_attention_heads"])
     return Shape(
         layers=int(options["num_layers"]), width=heads * int(options["attention_head_dim"]), heads=heads,
         image_tokens=side * side, text_tokens=architectures.CLIP_TOKENS + (run.model.max_sequence_length or 128),
         dual=tuple(options.get("dual_attention_layers", ())), rms_norm=options.get("qk_norm") == "rms_norm",
-        parameters=parameters, trained=trained, rank=run.policy.rank,
+        parameters=parameters, trained=trained, rank=rank, text_width=int(options.get("joint_attention_dim", 4096)),
+        pooled_width=int(options.get("pooled_projection_dim", 2048)),
     )  # fmt: skip
 
 

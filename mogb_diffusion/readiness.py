@@ -250,6 +250,45 @@ def free_bytes(folder: Path) -> float:
     return float(shutil.disk_usage(folder).free)
 
 
+def local_ranks() -> int:
+    """The processes of the run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def free_main_memory() -> float | None:
+    """Bytes of main memory that programs can still have; None where this system does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024.0 * int(line.split()[1])
+    except (OSError, ValueError, IndexError):
+        pass
+    try:
+        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def check_embeddings(prompts: int, size: float, processes: int) -> None:
+    """Whether the embeddings of prompts have room in main memory; silent where it is unknown how much is free.
+
+    Args:
+        prompts: How many are kept.
+        size: Bytes of each.
+        processes: On this machine: each keeps all of them.
+
+    Raises:
+        InputError: They have none.
+    """
+    need, free = prompts * size * processes, free_main_memory()
+    if free is not None and need > free:
+        shared = f" in each of {processes} processes" if processes > 1 else ""
+        raise InputError(
+            f"model.text_encoders: precompute keeps {prompts} prompts of {size / 1e6:.1f} MB{shared}, "
+            f"{need / 1e9:.1f} GB of main memory, and {free / 1e9:.1f} GB are free: set it to offload."
+        )
+
+
 def hub_cache() -> Path:
     """Where the hub's libraries keep what they fetch."""
     try:

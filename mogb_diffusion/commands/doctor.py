@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     wanted = load_run(options.recipe, options.set, options.preset)
     missing = [*_packages(), *_hardware(wanted, options.preset, Path(options.out))]
-    missing += [*_weights(wanted), *_prompts(wanted), *_rewards(wanted)]
+    missing += [*_weights(wanted), *_prompts(wanted), *_main_memory(wanted, options.preset), *_rewards(wanted)]
     if options.dry_run:
         _dry_run(wanted)
     names = list(dict.fromkeys(missing))
@@ -98,7 +98,7 @@ def _version(package: str) -> str:
 
 def _hardware(wanted: "Run", name: str | None, out: Path) -> list[str]:
     """Batch arithmetic, memory and disk."""
-    from mogb_diffusion import memory
+    from mogb_diffusion import memory, readiness
     from mogb_diffusion.models.sd3 import find_device
     from mogb_diffusion.recipes.presets import preset
     from mogb_diffusion.rollouts import describe_batch
@@ -109,17 +109,25 @@ def _hardware(wanted: "Run", name: str | None, out: Path) -> list[str]:
     print(f"  device {find_device(wanted.model.device)}, {wanted.model.dtype}")
     if chosen is not None:
         print(f"  {chosen.launch(wanted.name)}")
-    architecture = memory.known_architecture(wanted.model.source)
-    if architecture is None:
+    shape = _shape(wanted)
+    if shape is None:
         print("memory: a small model, or one whose shape is not known here: no estimate")
-        return []
-    if wanted.policy.kind != "lora":
-        print("memory: no estimate without adapters")
-        return []
-    shape = memory.shape_of(wanted, architecture)
+        needs_none = readiness.pipeline_weights(wanted.model) is None or wanted.model.device == "cpu"
+        return [*([] if needs_none else _gpus(wanted, None, chosen)), *_disk(wanted, None, out)]
     estimate = memory.estimate(wanted, shape, ranks=ranks)
     _print_estimate(estimate, shape)
     return [*_gpus(wanted, estimate, chosen), *_disk(wanted, shape, out)]
+
+
+def _shape(wanted: "Run") -> "Shape | None":
+    """That of the transformer, where it is known, or lies in the hub's cache."""
+    from mogb_diffusion import memory, readiness
+
+    weights = readiness.pipeline_weights(wanted.model)
+    for source in (wanted.model.source, weights.where if weights else ""):
+        if source and (architecture := memory.known_architecture(source)) is not None:
+            return memory.shape_of(wanted, architecture)
+    return None
 
 
 def _print_estimate(estimate: "Estimate", shape: "Shape") -> None:
@@ -135,7 +143,7 @@ def _print_estimate(estimate: "Estimate", shape: "Shape") -> None:
         print(f"  not counted: the networks of {', '.join(estimate.unknown)}")
 
 
-def _gpus(wanted: "Run", estimate: "Estimate", chosen: "Preset | None") -> list[str]:
+def _gpus(wanted: "Run", estimate: "Estimate | None", chosen: "Preset | None") -> list[str]:
     import torch
 
     needed = 1 if chosen is None else chosen.gpus
@@ -144,26 +152,61 @@ def _gpus(wanted: "Run", estimate: "Estimate", chosen: "Preset | None") -> list[
         print(f"  missing: GPUs; this needs {needed} on a machine, and here are {there or 'none'}")
         return ["GPU"]
     least = min(torch.cuda.mem_get_info(index)[1] for index in range(there))
-    if estimate.peak > 0.95 * least:
+    if estimate is not None and estimate.peak > 0.95 * least:
+        spread = "" if wanted.policy.kind == "lora" or wanted.model.shard else ", model.shard=true on several GPUs"
         print(f"  missing: memory; a GPU here has {least / GIB:.1f} GiB. Try --preset, a smaller batch.micro_batch, "
-              "model.gradient_checkpointing=true or model.text_encoders=offload")  # fmt: skip
+              f"model.gradient_checkpointing=true{spread} or model.text_encoders=offload")  # fmt: skip
         return ["GPU memory"]
     return []
 
 
-def _disk(wanted: "Run", shape: "Shape", out: Path) -> list[str]:
+def _disk(wanted: "Run", shape: "Shape | None", out: Path) -> list[str]:
     from mogb_diffusion import readiness
 
     listed = {weights.source: weights for weights in _listed(wanted)}
     fetched = sum(weights.size for weights in listed.values() if not weights.where)
-    kept = readiness.checkpoint_bytes(wanted, shape.trained)
+    needs = [("weights to fetch", fetched, readiness.hub_cache())]
+    if shape is not None:
+        needs.append(("checkpoints", readiness.checkpoint_bytes(wanted, shape.trained), out))
     missing = []
-    for what, need, folder in (("weights to fetch", fetched, readiness.hub_cache()), ("checkpoints", kept, out)):
+    for what, need, folder in needs:
         free = readiness.free_bytes(folder)
         short = need > free
         print(f"disk: {need / GIB:.1f} GiB of {what}, {free / GIB:.0f} GiB free{': too little' if short else ''}")
         missing += ["disk"] if short else []
+    if shape is None:
+        print(f"disk: checkpoints of a size that is not known here, {readiness.free_bytes(out) / GIB:.0f} GiB free")
     return missing
+
+
+def _main_memory(wanted: "Run", name: str | None) -> list[str]:
+    """What prompts take in the main memory of a machine, where the text encoders are not resident."""
+    from mogb_diffusion import memory, readiness
+    from mogb_diffusion.datasets import evaluation_prompts, load_mixture
+    from mogb_diffusion.recipes.presets import preset
+
+    shape = _shape(wanted)
+    if wanted.model.text_encoders == "resident" or shape is None:
+        return []
+    if readiness.missing_prompts((*wanted.prompts, *wanted.evaluation.prompts)):
+        size = memory.embedding_bytes(wanted, shape) / 1e6
+        print(f"main memory: {size:.1f} MB for each prompt and process; how many prompts there are is not known yet")
+        return []
+    texts = {"", *(prompt.text for prompt in (*load_mixture(wanted).rows, *evaluation_prompts(wanted)))}
+    processes = readiness.local_ranks() if name is None else preset(name).gpus
+    parts, free = memory.main_memory(wanted, shape, len(texts), processes), readiness.free_main_memory()
+    print("main memory of a machine, with the text encoders elsewhere than on the GPU:")
+    for part in parts:
+        print(f"  {part.size / GIB:6.1f} GiB  {part.name}")
+    need = sum(part.size for part in parts)
+    if free is None or need <= free:
+        print(f"  {need / GIB:6.1f} GiB  at most{'' if free is None else f'; {free / GIB:.0f} GiB are free'}")
+        return []
+    remedy = "model.text_encoders=offload, or fewer processes" if wanted.model.text_encoders == "precompute" else (
+        "model.text_encoders=resident, or fewer processes"
+    )  # fmt: skip
+    print(f"  missing: main memory; this needs {need / GIB:.1f} GiB, and {free / GIB:.1f} are free. Try {remedy}")
+    return ["main memory"]
 
 
 def _listed(wanted: "Run") -> "list[Weights]":

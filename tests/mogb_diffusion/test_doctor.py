@@ -148,6 +148,82 @@ def test_a_reward_that_fails_is_said_and_status_1(cache, capsys):
     assert told.splitlines()[-1] == "not ready, 1 missing: reward preference"
 
 
+def hardware(monkeypatch, *gpus, main=None, disk=1e15):
+    """GPUs of so many GiB, and so much free main memory and disk."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (gpus[index] * 2**30,) * 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "made up")
+    monkeypatch.setattr(readiness, "free_main_memory", lambda: main)
+    monkeypatch.setattr(readiness, "free_bytes", lambda folder: disk)
+
+
+WORLD = (
+    "prompts=[{format: world, kind: mixed, split: train, count: 40}]",
+    "evaluation.prompts=[{format: world, kind: mixed, split: held_out, count: 8}]",
+)
+
+
+def settings(*assignments):
+    return [word for assignment in (*WORLD, *assignments) for word in ("--set", assignment)]
+
+
+FULL = ("policy.kind=full", "balancing={mode: fixed}")
+
+
+def test_full_fine_tuning_is_estimated_and_checked(cache, capsys, monkeypatch):
+    no_rewards(monkeypatch)
+    hardware(monkeypatch, 80)
+    assert doctor("sd35_marble", *settings(*FULL)) == 1
+    told = capsys.readouterr().out
+    assert "25.1 GiB  transformer, float32: current, old and reference" in told  # 3 x 4 x 2.243 billion
+    assert "missing: memory; a GPU here has 80.0 GiB" in told
+    assert "model.shard=true on several GPUs" in told
+    assert "GPU memory" in told.splitlines()[-1]
+    hardware(monkeypatch, *[80] * 8, disk=1e9)
+    assert doctor("sd35_marble", "--preset", "8x80gb", *settings(*FULL, "model.shard=true")) == 1
+    told = capsys.readouterr().out
+    assert "3.1 GiB  transformer, float32: current, old and reference" in told
+    assert "GPU memory" not in told.splitlines()[-1]
+    assert "GiB of checkpoints, 1 GiB free: too little" in told
+
+
+def test_a_pipeline_of_unknown_shape_needs_gpus_and_disk_all_the_same(cache, capsys, monkeypatch):
+    no_rewards(monkeypatch)
+    put(cache, "somebody/sd3", "model_index.json")
+    (cache / "models--somebody--sd3" / "snapshots" / "abc" / "model_index.json").write_text("{}")
+    put(cache, "somebody/sd3", "a.safetensors")
+    wanted = settings("model.source=somebody/sd3", "model.resolution=512", "rewards.1.options.weights=x.pt")
+    hardware(monkeypatch)
+    assert doctor("sd35_marble", *wanted) == 1
+    told = capsys.readouterr().out
+    assert "no estimate" in told
+    assert "missing: GPUs; this needs 1 on a machine, and here are none" in told
+    assert "GPU" in told.splitlines()[-1].split(": ")[1].split(", ")
+    hardware(monkeypatch, 80, disk=1e8)
+    assert doctor("sd35_marble", *wanted) == 1
+    told = capsys.readouterr().out
+    assert "missing: GPUs" not in told
+    assert "GiB of weights to fetch, 0 GiB free: too little" in told
+    assert "disk: checkpoints of a size that is not known here" in told
+    assert "disk" in told.splitlines()[-1].split(": ")[1].split(", ")
+
+
+@pytest.mark.parametrize("where", ["precompute", "offload", "resident"])
+def test_main_memory_for_prompts_is_told_and_checked(where, cache, capsys, monkeypatch):
+    no_rewards(monkeypatch)
+    hardware(monkeypatch, *[80] * 8, main=90e9)
+    doctor("sd35_marble", "--preset", "8x80gb", *settings(f"model.text_encoders={where}"))
+    told = capsys.readouterr().out
+    assert ("main memory of a machine" in told) == (where != "resident")
+    if where != "resident":  # eight times 11.2 GB of encoders, and 1.7 MB for 37 + 8 prompts and the empty one
+        assert "46 prompts of 1.7 MB, 8 times" in told
+        assert "83.7 GiB  at most; 84 GiB are free" in told
+    hardware(monkeypatch, *[80] * 8, main=80e9)
+    doctor("sd35_marble", "--preset", "8x80gb", *settings(f"model.text_encoders={where}"))
+    told = capsys.readouterr().out
+    assert ("main memory" in told.splitlines()[-1]) == (where != "resident")
+
+
 class TestWeights:
     def test_a_whole_snapshot_counts_and_a_part_does_not(self, cache):
         [weights] = readiness.reward_weights(Reward(name="clip"))

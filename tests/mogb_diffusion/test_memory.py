@@ -121,6 +121,19 @@ def test_kept_activations_are_what_autograd_keeps(options, half, pictures):
     assert expected == pytest.approx(kept.total, rel=0.03)
 
 
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("options", [TINY, MID], ids=["tiny", "mid"])
+def test_kept_activations_where_every_weight_trains(options, half):
+    transformer = build_transformer(options, "cpu").requires_grad_(True)
+    kept = Kept(transformer)
+    with kept.hooks(), autocast(half):
+        transformer(**inputs(options, 2), return_dict=False)
+    run = override(run_of(options, 2, half=half), ["policy.kind=full", "balancing={mode: fixed}"])
+    shape = shape_of(run, options)
+    assert shape.trained == shape.parameters == sum(param.numel() for param in transformer.parameters())
+    assert memory.kept_activations(run, shape, on_gpu=False) == pytest.approx(kept.total, rel=0.03)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_peak_of_a_pass_is_what_is_kept_and_in_hand(checkpointing):
     transformer = build_transformer(MID, "cpu")
@@ -205,8 +218,53 @@ def test_every_part_follows_its_key():
     own = override(recipe("sd35_marble"), ["rewards.0={name: 'mine:Own', label: pickscore}"])
     assert sizes(own)[1].unknown == ("pickscore",)
     assert sizes(recipe("tiny"))[1].unknown == ()
-    with pytest.raises(ValueError, match=r"policy\.kind: only runs with adapters"):
-        sizes(override(recipe("tiny"), ["policy.kind=full"]))
+
+
+FULL_SHAPE = memory.Shape(
+    layers=4, width=64, heads=1, image_tokens=16, text_tokens=205, dual=(), rms_norm=True, parameters=1000,
+    trained=1000, rank=0,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "wide"), [("bfloat16", 4), ("float32", 4), ("float64", 8)])
+def test_every_copy_of_full_fine_tuning_counts_in_the_dtype_it_is_kept_in(dtype, wide):
+    def parts(*more, ranks=1):
+        run = override(
+            recipe("sd35_marble"), ["policy.kind=full", "balancing={mode: fixed}", f"model.dtype={dtype}", *more]
+        )
+        return {part.name: part.size for part in memory.estimate(run, FULL_SHAPE, ranks=ranks).parts}
+
+    name = f"transformer, {'float64' if wide == 8 else 'float32'}: current, old and reference"
+    copies = {name: 3, "average of the weights": 1, "AdamW": 2, "gradient": 1}
+    plain, shared = parts(), parts("model.shard=true", ranks=4)
+    for part, count in copies.items():
+        assert plain[part] == count * 1000 * wide
+        assert shared[part] == count * 1000 * wide / 4
+    assert shared["gathered weights of two blocks"] == 2 * 1000 * wide / 4  # of four blocks
+    assert parts(ranks=4)[name] == plain[name]  # every rank has all of them
+    assert "average of the weights" not in parts("policy.ema=0")
+    steps = parts("balancing={mode: marble_every_step, gradients: full}", "model.shard=true", ranks=4)
+    assert steps["gradients of 5 rewards"] == 2 * plain["gradient"] * memory.kept_rows(recipe("sd35_marble")) / 4
+
+
+def test_full_fine_tuning_of_the_big_model_needs_more_than_a_gpu_has():
+    run = override(recipe("sd35_marble"), ["policy.kind=full", "balancing={mode: fixed}", "policy.ema=0"])
+    shape = memory.shape_of(run, architectures.SD35_MEDIUM_TRANSFORMER)
+    assert memory.estimate(run, shape).peak > 24 * 2_243_171_520  # six copies of four bytes
+
+
+def test_main_memory_for_prompts_by_hand():
+    run = override(recipe("sd35_marble"), ["model.text_encoders=precompute"])
+    each = 2 * (205 * 4096 + 2048)  # 77 tokens of CLIP and 128 of T5, in bfloat16
+    assert memory.embedding_bytes(run, FULL_SHAPE) == each
+    encoders, prompts = memory.main_memory(run, FULL_SHAPE, 25_000, 8)
+    assert encoders.size == 8 * 2 * (123_650_304 + 694_659_840 + 4_762_310_656)
+    assert prompts.size == 25_000 * each * 8
+    assert prompts.name == "25000 prompts of 1.7 MB, 8 times"
+    away = override(run, ["model.text_encoders=offload"])
+    assert memory.main_memory(away, FULL_SHAPE, 25_000)[1].size == (256 + 128) * each
+    assert memory.main_memory(away, FULL_SHAPE, 7)[1].size == 7 * each
+    assert memory.main_memory(override(run, ["model.text_encoders=resident"]), FULL_SHAPE, 7) == ()
 
 
 @pytest.mark.parametrize("name", list(PRESETS))
