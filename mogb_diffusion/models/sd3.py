@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from mogb_diffusion import config, flow
 from mogb_diffusion.errors import InputError
-from mogb_diffusion.prompts import in_batches
+from mogb_diffusion.memory import REMEMBERED
 
-_REMEMBERED = 256  # embeddings of prompts
 DTYPES = {
     "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64,
 }  # fmt: skip
@@ -109,6 +108,8 @@ class SD3Model:
     def encode(self, texts: Sequence[str]) -> Text:
         """The embeddings of prompts; those of the last few hundred are remembered (1.7 MB each on the big model).
 
+        That of a prompt is the same to the bit whatever else is asked for, before it or with it.
+
         Raises:
             InputError: A prompt that was not there when all were encoded and the encoders dropped.
         """
@@ -118,7 +119,7 @@ class SD3Model:
                 f"model.text_encoders: precompute has no embedding of {new[0]!r}, which is no prompt of the run: set "
                 "it to offload."
             )
-        if new and len(self._known) > _REMEMBERED:
+        if new and len(self._known) > REMEMBERED:
             self._known = {text: known for text, known in self._known.items() if text in texts}
         self._learn(new)
         found = [self._known[text] for text in texts]
@@ -132,6 +133,12 @@ class SD3Model:
         if self.text_encoders != "resident" and not self._all_known:
             self.encode(texts)
 
+    def embedding_bytes(self) -> int:
+        """What the embedding of a prompt takes; measured on the empty one, which every run remembers."""
+        self._learn([text for text in ("",) if text not in self._known])
+        own = self._known[""]
+        return own.tokens.nbytes + own.pooled.nbytes
+
     def precompute(self, texts: Sequence[str]) -> None:
         """Encodes all prompts that will ever be asked for, the empty one too, and drops the encoders."""
         self._learn([text for text in dict.fromkeys(("", *texts)) if text not in self._known])
@@ -142,20 +149,22 @@ class SD3Model:
 
     @torch.no_grad()
     def _learn(self, texts: Sequence[str]) -> None:
-        """Encodes prompts that are not known yet, sixteen at a time."""
+        """Encodes prompts that are not known yet, one at a time.
+
+        Which of them are new depends on what was asked for before, and rounding on the size of a batch: together, their
+        embeddings would depend on the history of the process, which no checkpoint holds.
+        """
         if not texts:
             return
         is_away = self.text_encoders != "resident"
         keep = torch.device("cpu") if is_away else self.device
         with self._encoders_here() if is_away else contextlib.nullcontext():
-            for part in in_batches(texts, 16):
+            for text in texts:
                 tokens, _, pooled, _ = self.pipeline.encode_prompt(
-                    prompt=list(part), prompt_2=None, prompt_3=None, device=self.device,
+                    prompt=[text], prompt_2=None, prompt_3=None, device=self.device,
                     do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length,
                 )  # fmt: skip
-                for row, text in enumerate(part):
-                    own = (values[row : row + 1].to(keep, copy=True) for values in (tokens, pooled))
-                    self._known[text] = Text(*own)
+                self._known[text] = Text(tokens.to(keep, copy=True), pooled.to(keep, copy=True))
 
     @contextlib.contextmanager
     def _encoders_here(self) -> Iterator[None]:

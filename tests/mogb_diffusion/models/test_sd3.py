@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from mogb_diffusion import config
 from mogb_diffusion.config import Sampling
 from mogb_diffusion.errors import InputError
-from mogb_diffusion.models import tiny
+from mogb_diffusion.models import sd3, tiny
 from mogb_diffusion.models.sd3 import SD3Model, find_device, load_model
 from mogb_diffusion.prompts import Prompt
 from mogb_diffusion.rollouts import draw
@@ -73,6 +73,59 @@ def test_prompts_are_encoded_once_and_not_remembered_for_ever():
     assert set(model._known) == {TEXTS[1], "b"}
 
 
+def wide_model(where="resident"):
+    """With an encoder wide enough that the rounding of its products depends on how many prompts are in them."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    pipeline = tiny.build(0)
+    small = pipeline.text_encoder.config
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipeline.text_encoder = CLIPTextModelWithProjection(
+            CLIPTextConfig(
+                vocab_size=small.vocab_size, hidden_size=768, intermediate_size=3072, num_hidden_layers=2,
+                num_attention_heads=12, projection_dim=768, max_position_embeddings=77,
+                bos_token_id=small.bos_token_id, eos_token_id=small.eos_token_id, pad_token_id=small.pad_token_id,
+            )
+        ).eval()  # fmt: skip
+    pipeline.transformer.register_to_config(joint_attention_dim=1024)  # what embeddings are padded to
+    return SD3Model(pipeline, max_sequence_length=1, text_encoders=where)
+
+
+def test_an_embedding_does_not_depend_on_what_else_was_asked_for(monkeypatch):
+    monkeypatch.setattr(sd3, "REMEMBERED", 3)
+    others = [f"a photo of {number} red squares" for number in range(19)]
+    model, text = wide_model(), TEXTS[0]
+    alone = model.encode([text])
+    asked = {}
+    for count in (1, 3, 15, 19):
+        model._known.clear()
+        asked[f"first of {count + 1}"] = model.encode([text, *others[:count]])[[0]]
+        model._known.clear()
+        asked[f"last of {count + 1}"] = model.encode([*others[:count], text])[[count]]
+    model.encode([TEXTS[1]])  # empties what is remembered
+    assert text not in model._known
+    asked["again"] = model.encode([text, others[0]])[[0]]
+    away = wide_model("precompute")
+    away.precompute([*others, text])
+    asked["precomputed"] = away.encode([text])
+    for how, found in asked.items():
+        assert torch.equal(found.tokens, alone.tokens), how
+        assert torch.equal(found.pooled, alone.pooled), how
+    with torch.no_grad():
+        tokens, _, pooled, _ = model.pipeline.encode_prompt(
+            prompt=[text, *others[:15]], prompt_2=None, prompt_3=None, device="cpu", do_classifier_free_guidance=False,
+            max_sequence_length=1,
+        )  # fmt: skip
+    assert_close(tokens[:1], alone.tokens, rtol=0, atol=1e-4)
+    assert_close(pooled[:1], alone.pooled, rtol=0, atol=1e-4)
+
+
+def test_what_an_embedding_takes_is_measured():
+    model = wide_model("offload")
+    assert model.embedding_bytes() == 4 * ((16 + 1) * 1024 + 768 + 32)  # tokens of CLIP and T5; pooled by both CLIPs
+
+
 def devices(model):
     return {param.device.type for part in model._encoders() for param in part.parameters()}
 
@@ -86,8 +139,8 @@ class TestTextEncoders:
         if where == "precompute":
             model.precompute(TEXTS)
         found, wanted = model.encode([*TEXTS, TEXTS[0]]), plain.encode([*TEXTS, TEXTS[0]])
-        assert_close(found.tokens, wanted.tokens, rtol=0, atol=1e-6)
-        assert_close(found.pooled, wanted.pooled, rtol=0, atol=1e-6)
+        assert torch.equal(found.tokens, wanted.tokens)
+        assert torch.equal(found.pooled, wanted.pooled)
 
     def test_they_come_once_for_all_prompts_that_are_prepared(self):
         model = SD3Model(tiny.build(0), max_sequence_length=1, text_encoders="offload")
