@@ -7,7 +7,7 @@ that a run that is resumed goes on bit for bit.
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from mogb.errors import NonFiniteError
-from mogb_diffusion import checkpoint, sharding
+from mogb_diffusion import checkpoint, readiness, sharding
 from mogb_diffusion.balancing import BalanceReport, LossScale, RewardBalancer
 from mogb_diffusion.clock import Clock
 from mogb_diffusion.config import ConfigError, Run, from_yaml, to_plain, to_yaml
@@ -66,15 +66,18 @@ class Trainer:
         self.run, self.out, self.ranks = run, out, ranks or Ranks()
         self.tell = tell if tell is not None and self.ranks.first else lambda message: None
         self._check_ranks()
-        self.mixture = load_mixture(run)
-        self.held_out = evaluation_prompts(run)
+        with self.ranks.together():
+            self.mixture = load_mixture(run)
+            self.held_out = evaluation_prompts(run)
         self._check_passes()
-        self.model = model or load_model(run.model, find_device(run.model.device, self.ranks.local))
-        device = self.model.device
+        with self.ranks.together():
+            self.model = model or load_model(run.model, find_device(run.model.device, self.ranks.local))
+            device = self.model.device
+            self.scorer = make_scorer(run.rewards, run.scoring, device)
+            self.examiner = make_scorer((*run.rewards, *run.evaluation.rewards), run.scoring, device)
         spread_over = self.ranks if run.model.shard else None
-        self.policy = make_policy(self.model.transformer, run.policy, run.seed, spread_over)
-        self.scorer = make_scorer(run.rewards, run.scoring, device)
-        self.examiner = make_scorer((*run.rewards, *run.evaluation.rewards), run.scoring, device)
+        with self._locally():
+            self.policy = make_policy(self.model.transformer, run.policy, run.seed, spread_over)
         self.signals = SignalMaker(run, sorted(self.scorer.special))
         scale = LossScale.of(DTYPES[run.model.dtype])
         parameters = self.policy.parameters
@@ -106,7 +109,7 @@ class Trainer:
             self._open(resume)
             self.tell(describe_batch(self.run, self.ranks.size))
             if self.run.model.text_encoders == "precompute":
-                self.model.precompute([prompt.text for prompt in (*self.mixture.rows, *self.held_out)])
+                self._precompute()
             if not self._resumed:
                 self.examine("before")
             for epoch in range(self.epoch, self.run.epochs):
@@ -133,17 +136,18 @@ class Trainer:
     def roll_out(self, plan: Epoch) -> Tensor:
         """Pictures by the old policy, handed to the rewards as they come; their clean latents ``[B, C, H, W]``."""
         mine = list(self.ranks.mine(len(plan)))
-        self.model.prepare([self.mixture.rows[row].text for row in dict.fromkeys(plan.rows)])
         size = self.run.batch.sampling_batch or self.run.batch.micro_batch
         pieces = []
-        for start in range(0, len(mine), size):
-            samples = mine[start : start + size]
-            prompts = [self.mixture.rows[plan.rows[i]] for i in samples]
-            with self.clock("sampling"), nullcontext() if self.on_policy else self.policy.old():
-                noise = plan.noise(samples, self.model.latent_shape, self.model.dtype)
-                pieces.append(draw(self.model, prompts, noise, self.run.sampling))
-                images = self.model.decode(pieces[-1])
-            self.scorer.submit(images, prompts)
+        with self._locally():
+            self.model.prepare([self.mixture.rows[row].text for row in dict.fromkeys(plan.rows)])
+            for start in range(0, len(mine), size):
+                samples = mine[start : start + size]
+                prompts = [self.mixture.rows[plan.rows[i]] for i in samples]
+                with self.clock("sampling"), nullcontext() if self.on_policy else self.policy.old():
+                    noise = plan.noise(samples, self.model.latent_shape, self.model.dtype)
+                    pieces.append(draw(self.model, prompts, noise, self.run.sampling))
+                    images = self.model.decode(pieces[-1])
+                self.scorer.submit(images, prompts)
         empty = torch.zeros(0, *self.model.latent_shape, dtype=self.model.dtype, device=self.model.device)
         return self.ranks.gather(torch.cat(pieces) if pieces else empty, len(plan))
 
@@ -153,7 +157,7 @@ class Trainer:
         Raises:
             RewardFailure: One failed too often in a row.
         """
-        with self.clock("rewards"):
+        with self.clock("rewards"), self.ranks.together():
             mine = self.scorer.collect()
         for message in self.scorer.messages:
             self.tell(message)
@@ -201,15 +205,16 @@ class Trainer:
         batches = [mine[start : start + size] for start in range(0, len(mine), size)]
         update = self.balancer.start(signal, samples, len(batches) * columns, columns, plan.number)
         failure: NonFiniteError | None = None
-        try:
-            for batch in batches:
-                times = plan.times(batch, self.model.sigmas(run.sampling.steps)[:-1], columns)
-                text = self.model.encode([self.mixture.rows[plan.rows[i]].text for i in batch])
-                for column in range(columns):
-                    noise = plan.training_noise(batch, column, self.model.latent_shape, self.model.dtype)
-                    self._micro_step(update, clean[batch], noise, times[:, column], text, batch)
-        except NonFiniteError as error:
-            failure = error
+        with self._locally():
+            try:
+                for batch in batches:
+                    times = plan.times(batch, self.model.sigmas(run.sampling.steps)[:-1], columns)
+                    text = self.model.encode([self.mixture.rows[plan.rows[i]].text for i in batch])
+                    for column in range(columns):
+                        noise = plan.training_noise(batch, column, self.model.latent_shape, self.model.dtype)
+                        self._micro_step(update, clean[batch], noise, times[:, column], text, batch)
+            except NonFiniteError as error:
+                failure = error
         if self.ranks.any(failure is not None):
             update.drop()
             raise failure or NonFiniteError("gradient", None)
@@ -432,13 +437,33 @@ class Trainer:
         if self.out is None:
             return
         prompts = self.held_out or [self.mixture.rows[n % len(self.mixture)] for n in range(self.run.tracking.samples)]
-        with self.clock("evaluation"), self.averaged(), self.ranks.together():
-            if self.ranks.first or self.run.model.shard:  # then all of them hold the weights together
-                images = draw_pictures(
-                    self.model, prompts[: self.run.tracking.samples], evaluation_sampling(self.run), self.run.seed
-                )
-            if self.tracker is not None:
-                self.tracker.save_grid(images, name)
+        prompts, how = prompts[: self.run.tracking.samples], evaluation_sampling(self.run)
+        with self.clock("evaluation"), self.averaged():
+            with self._locally():
+                if self.ranks.first or self.run.model.shard:  # then all of them hold the weights together
+                    images = draw_pictures(self.model, prompts, how, self.run.seed)
+            with self.ranks.together():
+                if self.tracker is not None:
+                    self.tracker.save_grid(images, name)
+
+    def _locally(self) -> AbstractContextManager[None]:
+        """For passes through the model: what fails on one rank fails on all of them, unless the weights are spread.
+
+        Then a pass gathers them, and a rank that fails within it leaves the others waiting for its part.
+        """
+        return nullcontext() if self.run.model.shard else self.ranks.together()
+
+    def _precompute(self) -> None:
+        """Encodes every prompt of the run, if there is room for them.
+
+        Raises:
+            InputError: The embeddings are more than the main memory that is free.
+        """
+        texts = [prompt.text for prompt in (*self.mixture.rows, *self.held_out)]
+        with self.ranks.together():
+            readiness.check_embeddings(len({"", *texts}), self.model.embedding_bytes(), readiness.local_ranks())
+        with self.ranks.together():
+            self.model.precompute(texts)
 
     def _open(self, resume: bool) -> None:
         """Finds what is there, and begins to write. What fails on one rank fails on all of them."""

@@ -8,6 +8,7 @@ from processes import launch
 from tiny_run import metrics, small_run, train
 
 from mogb_diffusion import checkpoint
+from mogb_diffusion import trainer as trainer_module
 from mogb_diffusion.distributed import Ranks, start_ranks
 from mogb_diffusion.errors import CheckpointError, InputError
 from mogb_diffusion.trainer import Trainer
@@ -51,6 +52,42 @@ def trainers_on_rank(rank, world, folder, shared):
     found["resume"] = outcome(lambda: again.train(resume=True))
     found["told"] = told
     torch.save(found, folder / f"{rank}.pt")
+
+
+def starts_on_rank(rank, world, folder):
+    """What happens to both ranks when the second one cannot start, draw, score or train."""
+    ranks, found = start_ranks(), {}
+    run = small_run("epochs=1", "evaluation.prompts=[]", "batch.updates_per_epoch=1", "sampling.steps=2")
+    for name in ("make_scorer", "load_model", "load_mixture"):
+        kept = getattr(trainer_module, name)
+        if rank == 1:
+            setattr(trainer_module, name, cannot(InputError, f"{name}: not on this machine"))
+        found[name] = outcome(lambda: Trainer(run, ranks=ranks))
+        setattr(trainer_module, name, kept)
+    for part, name in (("model", "decode"), ("scorer", "submit"), ("scorer", "collect"), ("", "_micro_step")):
+        trainer = Trainer(run, ranks=ranks)
+        if rank == 1:
+            setattr(getattr(trainer, part) if part else trainer, name, cannot(RuntimeError, f"{name}: out of memory"))
+        found[name] = outcome(lambda trainer=trainer: trainer.train_epoch(0))
+        trainer.close()
+    torch.save(found, folder / f"{rank}.pt")
+
+
+def cannot(kind, text):
+    def fail(*args, **options):
+        raise kind(text)
+
+    return fail
+
+
+def test_a_rank_that_cannot_start_or_draw_stops_the_others():
+    first, second = launch(2, starts_on_rank, seconds=60)
+    for name in ("make_scorer", "load_model", "load_mixture"):
+        assert first.pop(name) == second.pop(name) == f"InputError: {name}: not on this machine"
+    assert list(first) == ["decode", "submit", "collect", "_micro_step"]
+    for name, said in second.items():
+        assert said == f"RuntimeError: {name}: out of memory"
+        assert first[name] == f"RuntimeError: rank 1: {said}"
 
 
 def refused(*args, **kwargs):

@@ -1,12 +1,13 @@
 import dataclasses
 import json
+import os
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_run import metrics, same_tensors, small_run, train
 
-from mogb_diffusion import checkpoint
+from mogb_diffusion import checkpoint, readiness
 from mogb_diffusion.errors import CheckpointError, InputError, RewardFailure
 from mogb_diffusion.evaluation import draw_pictures, evaluation_sampling
 from mogb_diffusion.models import tiny
@@ -279,11 +280,35 @@ def test_where_the_text_encoders_are_changes_nothing(tmp_path, where):
     plain = train(tmp_path / "plain", epochs=1)
     other = train(tmp_path / "other", f"model.text_encoders={where}", epochs=1)
     for mine, theirs in zip(plain.policy.parameters, other.policy.parameters, strict=True):
-        torch.testing.assert_close(theirs, mine, rtol=0, atol=1e-5)
+        assert torch.equal(theirs, mine)
     kinds = [row["kind"] for row in metrics(tmp_path / "plain")]
     assert [row["kind"] for row in metrics(tmp_path / "other")] == kinds
     assert (list(other.model._encoders()) == []) == (where == "precompute")
     assert len(other.model._known) > 0
+
+
+def test_prompts_that_have_no_room_in_main_memory_are_refused(monkeypatch):
+    run = small_run("epochs=0", "model.text_encoders=precompute", "evaluation.prompts=[]")
+    trainer = Trainer(run)
+    texts = {"", *(prompt.text for prompt in trainer.mixture.rows)}
+    size = trainer.model.embedding_bytes()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setattr(readiness, "free_main_memory", lambda: 3.0 * size * len(texts) - 1)
+    with pytest.raises(InputError) as caught:
+        trainer.train()
+    for words in ("model.text_encoders: precompute keeps", f"{len(texts)} prompts", "3 processes", "GB are free",
+                  "set it to offload"):  # fmt: skip
+        assert words in str(caught.value)
+    assert set(trainer.model._known) == {""}  # nothing was encoded for it
+    for free in (3.0 * size * len(texts), None):
+        monkeypatch.setattr(readiness, "free_main_memory", lambda free=free: free)
+        Trainer(run).train()
+
+
+def test_free_main_memory_is_what_the_system_says():
+    free = readiness.free_main_memory()
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert free is None or 0.001 * whole < free <= whole
 
 
 def test_no_epochs_measure_the_model_as_it_is(tmp_path):
