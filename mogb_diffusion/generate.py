@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from mogb_diffusion.checks import whole_number
 from mogb_diffusion.errors import InputError
 from mogb_diffusion.rewards.detection import CLASSES
 from mogb_diffusion.rewards.geneval import COLORS, RELATIONS
@@ -125,8 +126,7 @@ class _Draw:
 def _distinct(
     count: int, one: Callable[[int], Any], key: Callable[[Any], str], apart_from: Collection[str]
 ) -> list[Any]:
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise InputError(f"count must be a positive whole number, but got {count!r}.")
+    whole_number("count", count)
     seen, idle = set(apart_from), 0
     found: list[Any] = []
     while len(found) < count:
