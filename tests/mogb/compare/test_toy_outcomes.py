@@ -36,6 +36,8 @@ def outcomes(name, problem):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # 250,000 solves
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("name", "problem"),
     [(name, "valley_scaled") for name in METHODS] + [(name, "valley") for name in ("LS", "MGDA", "MGDA-l2", "IMTL-G")],
