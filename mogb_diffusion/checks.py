@@ -1,14 +1,17 @@
 """Input checks that several modules share: each raises one clear error, or answers the value in one form."""
 
+import difflib
 import math
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mogb_diffusion.errors import InputError
+
+T = TypeVar("T")
 
 
 def floating(name: str, value: Any, shape: str) -> Tensor:
@@ -57,6 +60,19 @@ def whole_number(name: str, value: Any, *, low: int = 1) -> int:
         wanted = "a positive whole number" if low == 1 else f"a whole number of at least {low}"
         raise InputError(f"{name} must be {wanted}, but got {value!r}.")
     return value
+
+
+def named(what: str, name: str, known: Mapping[str, T]) -> T:
+    """The entry of this name.
+
+    Raises:
+        InputError: There is none; the message names the nearest one, or all of them.
+    """
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"Did you mean {close[0]!r}?" if close else f"{what.capitalize()}s: {', '.join(known)}."
+        raise InputError(f"There is no {what} {name!r}. {hint}")
+    return known[name]
 
 
 def choice(name: str, value: Any, known: Collection[str]) -> None:

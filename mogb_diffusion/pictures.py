@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mogb_diffusion.errors import InputError
-from mogb_diffusion.prompts import LineError, Prompt, as_object, read_prompts, rewards_and_metadata
+from mogb_diffusion.prompts import LineError, Prompt, as_object, as_row, read_prompts, rewards_and_metadata
 
 MAPPING = "prompts.jsonl"
 _MAPPINGS = (MAPPING, "prompts.csv", "metadata.jsonl", "metadata.csv")
@@ -124,14 +124,7 @@ def to_bytes(image: Tensor) -> np.ndarray:
 
 def as_line(name: str, prompt: Prompt) -> str:
     """A line of :data:`MAPPING`."""
-    line: dict[str, Any] = {"file_name": name, "prompt": prompt.text}
-    if prompt.target_text is not None:
-        line["target_text"] = prompt.target_text
-    if prompt.rewards is not None:
-        line["rewards"] = list(prompt.rewards)
-    if prompt.metadata:
-        line["metadata"] = prompt.metadata
-    return json.dumps(line, ensure_ascii=False)
+    return json.dumps({"file_name": name} | as_row(prompt), ensure_ascii=False)
 
 
 def _beside(path: Path) -> Prompt | None:

@@ -82,14 +82,19 @@ def write_prompts(prompts: Iterable[Prompt], path: str | Path) -> None:
     """Writes prompts as generic ``jsonl``, which :func:`read_prompts` gives back as they were."""
     with Path(path).open("w", encoding="utf-8") as file:
         for prompt in prompts:
-            line: dict[str, Any] = {"prompt": prompt.text}
-            if prompt.target_text is not None:
-                line["target_text"] = prompt.target_text
-            if prompt.rewards is not None:
-                line["rewards"] = list(prompt.rewards)
-            if prompt.metadata:
-                line["metadata"] = prompt.metadata
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(json.dumps(as_row(prompt), ensure_ascii=False) + "\n")
+
+
+def as_row(prompt: Prompt) -> dict[str, Any]:
+    """The entries of a generic line; what a prompt does not have is left out."""
+    row: dict[str, Any] = {"prompt": prompt.text}
+    if prompt.target_text is not None:
+        row["target_text"] = prompt.target_text
+    if prompt.rewards is not None:
+        row["rewards"] = list(prompt.rewards)
+    if prompt.metadata:
+        row["metadata"] = prompt.metadata
+    return row
 
 
 class PromptMixture:

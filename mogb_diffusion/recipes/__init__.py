@@ -1,10 +1,9 @@
 """Runs by name. A recipe is a function that returns a complete configuration; a variant changes what differs."""
 
-import difflib
 from collections.abc import Callable
 
+from mogb_diffusion.checks import named
 from mogb_diffusion.config import Run
-from mogb_diffusion.errors import InputError
 from mogb_diffusion.recipes import sd35, tiny
 
 RECIPES: dict[str, Callable[[], Run]] = {
@@ -18,11 +17,7 @@ def recipe(name: str) -> Run:
     Raises:
         InputError: There is none; the message lists what exists.
     """
-    if name not in RECIPES:
-        close = difflib.get_close_matches(name, RECIPES, n=1)
-        hint = f"Did you mean {close[0]!r}?" if close else f"Recipes: {', '.join(RECIPES)}."
-        raise InputError(f"There is no recipe {name!r}. {hint}")
-    return RECIPES[name]()
+    return named("recipe", name, RECIPES)()
 
 
 def summary(name: str) -> str:

@@ -3,11 +3,10 @@
 A preset never changes how many prompts an epoch has, nor how many pictures of each: the run is the same run.
 """
 
-import difflib
 from dataclasses import dataclass, replace
 
+from mogb_diffusion.checks import named
 from mogb_diffusion.config import Reward, Run, TextEncoders
-from mogb_diffusion.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +90,4 @@ def preset(name: str) -> Preset:
     Raises:
         InputError: There is none; the message lists what exists.
     """
-    if name not in PRESETS:
-        close = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f"Did you mean {close[0]!r}?" if close else f"Presets: {', '.join(PRESETS)}."
-        raise InputError(f"There is no preset {name!r}. {hint}")
-    return PRESETS[name]
+    return named("preset", name, PRESETS)
